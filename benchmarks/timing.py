@@ -1,0 +1,77 @@
+"""Shared by the benchmarks: paired medians, the machine's description, results as JSON and Markdown."""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def wait(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def paired_seconds(runs: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of every repeat, the candidates taking turns, so that a noisy moment hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            wait(device)
+            start = time.perf_counter()
+            run()
+            wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def read_bandwidth(device: str = "cpu", size: int = 2**29) -> float:
+    """Bytes per second of summing a buffer larger than the caches."""
+    data = torch.ones(size // 4, device=device)
+    return size / statistics.median(paired_seconds({"sum": data.sum}, 9, device)["sum"])
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a reader needs to place the figures."""
+    import torchao
+
+    name = torch.cuda.get_device_name() if device != "cpu" else _cpu_name()
+    isa = torch.backends.cpu.get_cpu_capability()
+    return {"date": date.today().isoformat(), "command": "python -m " + " ".join([_module(), *sys.argv[1:]]), "device": name, "cpu_capability": isa,
+            "torch": torch.__version__, "torchao": torchao.__version__, "python": platform.python_version()}  # fmt: skip
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else sys.argv[0]
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def write(name: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """results/<name>.json and .md, both with the command that made them."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    columns = list(rows[0])
+    table = [columns, ["---"] * len(columns), *[[str(row.get(c, "")) for c in columns] for row in rows]]
+    head = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    body = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+    (RESULTS / f"{name}.md").write_text(f"# {name}\n\n{head}\n\n{body}\n")

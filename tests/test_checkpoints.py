@@ -1,0 +1,253 @@
+"""Saving and loading: bit-identical logits through every route, and no damaged file goes unnoticed."""
+
+import json
+import logging
+import struct
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
+from torchao.quantization import FqnToConfig, quantize_
+from transformers import PreTrainedModel, Qwen2ForCausalLM, TorchAoConfig
+from transformers.utils import logging as transformers_logging
+
+import torchao_qig
+from tests.tiny_models import VLMS, qwen2
+from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig
+
+transformers_logging.disable_progress_bar()
+CONFIG = PackedIntWeightOnlyConfig(bits=3, group_size=64)
+
+
+def plain_save(model: PreTrainedModel, directory: Path, **kwargs: Any) -> None:
+    model.save_pretrained(directory, **kwargs)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs).logits
+
+
+def quantized(model: PreTrainedModel, config: Any = CONFIG) -> PreTrainedModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "left unquantized")  # some vision towers have odd sizes
+        quantize_(model, config, filter_fn=None)
+    return model
+
+
+def packed_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
+
+
+def assert_same_model(loaded: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    assert packed_names(loaded) == packed_names(model) != set()
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("family", VLMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("save", [plain_save, torchao_qig.save_pretrained])
+def test_vlm_round_trip(family: str, dtype: torch.dtype, save: Callable[..., None], tmp_path: Path) -> None:
+    """save_pretrained -> from_pretrained of every family, and saving what was loaded."""
+    model, inputs = VLMS[family](dtype)
+    full = logits(model, inputs)
+    quantized(model)
+    save(model, tmp_path / "a")
+    loaded = type(model).from_pretrained(tmp_path / "a", dtype=dtype)
+    assert_same_model(loaded, model, inputs)
+    assert not torch.equal(logits(loaded, inputs), full)
+    described = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert described["quant_method"] == "torchao"
+    assert described["quant_type"]["default"] == {
+        "_type": "PackedIntWeightOnlyConfig",
+        "_version": 1,
+        "_data": {"bits": 3, "group_size": 64, "symmetric": False, "dtype": None},
+    }
+    torchao_qig.save_pretrained(loaded, tmp_path / "b")
+    assert_same_model(type(model).from_pretrained(tmp_path / "b", dtype=dtype), model, inputs)
+
+
+def test_names_in_files_equal_names_in_metadata(tmp_path: Path) -> None:
+    """What vLLM needs and plain save_pretrained does not do for vision-language models."""
+    model, _ = VLMS["qwen2_vl"]()
+    torchao_qig.save_pretrained(quantized(model), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        described = [name for name, text in file.metadata().items() if '"PackedIntTensor"' in text]
+        assert described
+        assert {f"{name.removesuffix('weight')}_weight_qdata" for name in described} <= set(file.keys())
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
+def test_language_model_alone(family: str, tmp_path: Path) -> None:
+    """A part quantized on its own; the rest is listed as left alone, in both spellings."""
+    model, inputs = VLMS[family]()
+    quantized(model.model.language_model)
+    torchao_qig.save_pretrained(model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_same_model(loaded, model, inputs)
+    assert all("language_model" in name for name in packed_names(loaded))
+    left = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    tower = "vision_tower" if family == "llava_onevision" else "visual"
+    assert {"lm_head", tower, f"model.{tower}"} <= set(left)
+
+
+def test_sharded(tmp_path: Path) -> None:
+    """The parts of one weight may lie in different files."""
+    model, inputs = VLMS["llava_onevision"]()
+    torchao_qig.save_pretrained(quantized(model), tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert_same_model(type(model).from_pretrained(tmp_path), model, inputs)
+
+
+@pytest.mark.parametrize("save", [plain_save, torchao_qig.save_pretrained])
+def test_tied_head_stays_tied(save: Callable[..., None], tmp_path: Path) -> None:
+    """Left alone by quantize_, shared again after loading."""
+    model, inputs = qwen2(tied=True)
+    save(quantized(model), tmp_path)
+    loaded = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    assert_same_model(loaded, model, inputs)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_mixed_bits(tmp_path: Path) -> None:
+    """FqnToConfig goes through config.json too."""
+    model, inputs = qwen2()
+    quantized(model, FqnToConfig({"re:.*mlp.*_proj": CONFIG, "re:.*self_attn.*_proj": PackedIntWeightOnlyConfig(bits=6, group_size=-1)}))
+    torchao_qig.save_pretrained(model, tmp_path)
+    loaded = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    assert_same_model(loaded, model, inputs)
+    assert {loaded.model.layers[0].mlp.up_proj.weight.bits, loaded.model.layers[0].self_attn.q_proj.weight.bits} == {3, 6}
+    assert type(loaded.lm_head.weight) is torch.nn.Parameter
+
+
+def test_quantized_while_loading(tmp_path: Path) -> None:
+    """transformers' own way: a float checkpoint and our config; the same as quantize_ after loading."""
+    model, inputs = qwen2()
+    model.save_pretrained(tmp_path)
+    loaded = Qwen2ForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(CONFIG))
+    expected = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    quantize_(expected, CONFIG, filter_fn=lambda m, name: isinstance(m, torch.nn.Linear) and name != "lm_head")
+    assert_same_model(loaded, expected, inputs)
+
+
+def test_state_dict_and_torch_save(tmp_path: Path) -> None:
+    """Into a packed model by copying, into a float one by assigning; through a file with weights_only."""
+    model, inputs = qwen2()
+    other, float_model = quantized(qwen2()[0]), qwen2()[0]
+    quantized(model)
+    torch.nn.init.normal_(model.model.norm.weight)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    state = torch.load(tmp_path / "weights.pt", weights_only=True)
+    other.load_state_dict(state)
+    float_model.load_state_dict(state, assign=True)
+    assert_same_model(other, model, inputs)
+    assert_same_model(float_model, model, inputs)
+
+
+def test_torchao_safetensors(tmp_path: Path) -> None:
+    """torchao's own flatten and unflatten, for models that are not transformers'."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 16))
+    quantize_(model, PackedIntWeightOnlyConfig(bits=5, group_size=32))
+    tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        loaded, rest = unflatten_tensor_state_dict({k: file.get_tensor(k) for k in file.keys()}, file.metadata())  # noqa: SIM118
+    assert rest == {}
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded[name], value)
+
+
+def header(path: Path) -> tuple[int, dict[str, Any]]:
+    raw = path.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    return 8 + size, json.loads(raw[8 : 8 + size])
+
+
+def flip_bit(path: Path, part: str) -> None:
+    """One bit in the first packed weight's `part`."""
+    start, tensors = header(path)
+    name = next(k for k in sorted(tensors) if k.endswith(f"layers.0.mlp.up_proj._weight_{part}"))
+    raw = bytearray(path.read_bytes())
+    raw[start + tensors[name]["data_offsets"][0] + 6] ^= 4
+    path.write_bytes(raw)
+
+
+def edit_description(path: Path, **changes: int) -> None:
+    """Other attributes for the first packed weight."""
+    start, tensors = header(path)
+    described = tensors["__metadata__"]
+    name = next(k for k in sorted(described) if k.endswith("layers.0.mlp.up_proj.weight"))
+    attributes = json.loads(described[name])
+    attributes["_data"].update(changes)
+    described[name] = json.dumps(attributes)
+    text = json.dumps(tensors).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + path.read_bytes()[start:])
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: flip_bit(f, "qdata"), "damaged"), (lambda f: flip_bit(f, "scale"), "damaged"), (lambda f: flip_bit(f, "zero_point"), "damaged"),
+        (lambda f: edit_description(f, bits=4), "expected int32"), (lambda f: edit_description(f, rows=512), "expected int32"),
+        (lambda f: edit_description(f, group_size=32), "scale: expected shape"), (lambda f: edit_description(f, layout_version=2), "layout_version=2"),
+        (truncate, "not fully covered"),
+    ],
+)  # fmt: skip
+def test_damaged_checkpoint_is_an_error(damage: Callable[[Path], None], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Never silently wrong weights; the reason stands in the error or in transformers' report."""
+    model, _ = qwen2()
+    torchao_qig.save_pretrained(quantized(model), tmp_path)
+    damage(tmp_path / "model.safetensors")
+    transformers_logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING), pytest.raises(Exception) as error:  # noqa: B017, PT011 - the loader chooses the class
+            Qwen2ForCausalLM.from_pretrained(tmp_path)
+    finally:
+        transformers_logging.disable_propagation()
+    assert words in f"{error.value} {caplog.text}"
+
+
+def test_damaged_torch_file_is_an_error(tmp_path: Path) -> None:
+    """torch.load of a file with one flipped bit."""
+    model, _ = qwen2()
+    torch.save(quantized(model).state_dict(), tmp_path / "weights.pt")
+    raw = bytearray((tmp_path / "weights.pt").read_bytes())
+    raw[bytes(raw).index(model.model.layers[0].mlp.up_proj.weight.qdata.numpy().tobytes()) + 6] ^= 4
+    (tmp_path / "weights.pt").write_bytes(raw)
+    with pytest.raises(ValueError, match="damaged"):
+        torch.load(tmp_path / "weights.pt", weights_only=True)
+
+
+def test_loading_without_our_import_says_so(tmp_path: Path) -> None:
+    """transformers' own message; the README names the cure."""
+    model, _ = qwen2()
+    torchao_qig.save_pretrained(quantized(model), tmp_path)
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert failed.returncode != 0
+    assert "Failed to find class PackedIntWeightOnlyConfig" in failed.stderr
+    subprocess.run([sys.executable, "-c", f"import torchao_qig; {code}"], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"), [(lambda: torch.nn.Linear(4, 4), TypeError, "transformers models"), (lambda: qwen2()[0], ValueError, "no packed weight")]
+)
+def test_save_refuses_what_it_cannot_save(model: Callable[[], Any], error: type[Exception], words: str, tmp_path: Path) -> None:
+    """And writes nothing."""
+    with pytest.raises(error, match=words):
+        torchao_qig.save_pretrained(model(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,95 @@
+"""The rooms: imports point down the list of DESIGN.md, serving stays light, torchao's internals are touched in one file."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchao_qig
+
+PACKAGE = Path(torchao_qig.__file__).parent
+ORDER = [
+    "__init__",
+    "workflow",
+    "config",
+    "integrations",
+    "tensor.ops",
+    "tensor.packed",
+    "tensor.linear",
+    "tensor.lowering",
+    "tensor.packing",
+    "tensor.affine",
+    "_compat",
+]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def room_of(module: str) -> int:
+    rank = [i for i, room in enumerate(ORDER) if module == room or module.startswith(f"{room}.")]
+    return rank[0] if rank else -1
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += [(node.module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != "__init__.py"], ids=name_of)
+def test_imports_point_down(path: Path) -> None:
+    """A room imports only rooms below it. (config announces a call to workflow from inside a function.)"""
+    mine = room_of(name_of(path))
+    assert mine >= 0, f"{path} belongs to no room"
+    for module, name in imports(path):
+        if module.startswith("torchao_qig") and (name_of(path), module) != ("config", "torchao_qig.workflow"):
+            below = f"{module}.{name}".removeprefix("torchao_qig").removeprefix(".")
+            target = max(room_of(below), room_of(module.removeprefix("torchao_qig").removeprefix(".")))
+            if below.split(".")[0] != "tensor" or target >= 0:
+                assert target > mine or below == "tensor.PackedIntTensor", f"{path.name} imports {below}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_heavy_or_private_imports(path: Path) -> None:
+    """The library itself needs torch and torchao; what is private to torchao lies in _compat."""
+    for module, _ in imports(path):
+        top = module.split(".")[0]
+        assert top not in {"datasets", "accelerate", "matplotlib", "lmms_eval", "captum", "recipes", "tests", "benchmarks"}
+        if top == "transformers":
+            assert "integrations" in path.parts
+        if module.startswith("torchao.") and module not in {"torchao.utils", "torchao.core.config"}:
+            assert path.name == "_compat.py"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_device_is_named(path: Path) -> None:
+    """Any device: none is spelled out."""
+    assert '"cuda' not in path.read_text()
+
+
+def test_import_stays_light() -> None:
+    """Importing the package imports neither transformers nor the compiler."""
+    check = (
+        "import sys, torchao; before = set(sys.modules); import torchao_qig;"
+        "print([m for m in set(sys.modules) - before if m.startswith(('transformers', 'torch._inductor', 'torchao_qig.calibrate'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_another_torchao_fails_in_one_place() -> None:
+    """A torchao that moved an internal is named with its version and the advice."""
+    check = "import torchao.quantization.quant_api as q; del q._fqn_to_config_handler\nimport torchao_qig"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "torchao_qig does not know torchao" in done.stderr
+    assert "_fqn_to_config_handler" in done.stderr

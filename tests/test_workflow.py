@@ -1,0 +1,262 @@
+"""`quantize_` with our config: what is converted, what is left alone, and that a failed call changes nothing."""
+
+import copy
+import gc
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig
+
+
+class Tied(nn.Module):
+    """A text model's skeleton: the head shares its weight with the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.embed(x)))
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    return {name.removesuffix(".weight") for name, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
+
+
+def cfg(**kwargs) -> PackedIntWeightOnlyConfig:
+    return PackedIntWeightOnlyConfig(**{"bits": 3, "group_size": 32, **kwargs})
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_every_linear_becomes_packed(symmetric: bool, dtype: torch.dtype | None) -> None:
+    """The weight is the rounded one, bias and module stay, the module's repr says what it holds."""
+    model = mlp(64, 96, 32)
+    before, modules = [m.weight.detach().clone() for m in model], list(model)
+    quantize_(model, cfg(symmetric=symmetric, dtype=dtype))
+    assert list(model) == modules
+    for module, weight in zip(model, before, strict=True):
+        assert torch.equal(module.weight.dequantize(), PackedIntTensor.from_hp(weight, 3, 32, symmetric, dtype).dequantize())
+        assert not module.weight.requires_grad
+        assert "PackedIntTensor(3 bits, group 32" in repr(module)
+
+
+def test_filter_fn_chooses() -> None:
+    """By name and by module."""
+    model = mlp(64, 64, 64, 64)
+    quantize_(model, cfg(), filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "1")
+    assert packed_names(model) == {"0", "2"}
+
+
+def test_fqn_to_config_mixes() -> None:
+    """Bits per layer, None, patterns, other torchao configs beside ours."""
+    model = mlp(64, 64, 64, 64, 64)
+    config = FqnToConfig({"0": cfg(bits=2), "1.weight": cfg(bits=5), "2": None, "3": Int8WeightOnlyConfig(), r"re:\d": cfg()})
+    quantize_(model, config, filter_fn=None)
+    assert (model[0].weight.bits, model[1].weight.bits) == (2, 5)
+    assert packed_names(model) == {"0", "1"}
+    assert type(model[2].weight) is nn.Parameter
+    assert type(model[3].weight).__name__ == "Int8Tensor"
+
+
+def test_fqn_to_config_pattern_over_blocks() -> None:
+    """A pattern that matches blocks, weights and biases alike quantizes weight matrices only."""
+    model = nn.Sequential(mlp(64, 64), mlp(64, 64))
+    quantize_(model, FqnToConfig({r"re:1(\..*)?": cfg()}), filter_fn=None)
+    assert packed_names(model) == {"1.0"}
+
+
+def test_expert_parameters_by_name() -> None:
+    """A 3-D parameter is quantized expert by expert, along its last dimension."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 48, 64))
+
+    model = nn.Sequential(Experts())
+    before = model[0].up.detach().clone()
+    quantize_(model, FqnToConfig({"0.up": cfg(bits=8)}), filter_fn=None)
+    assert isinstance(model[0].up, PackedIntTensor)
+    torch.testing.assert_close(model[0].up.dequantize(), before, atol=0.02, rtol=0)
+    assert torch.equal(model[0].up[2].dequantize(), PackedIntTensor.from_hp(before[2], 8, 32).dequantize())
+
+
+def test_tied_head_is_left_alone() -> None:
+    """It stays the embedding's very parameter."""
+    model = Tied()
+    quantize_(model, cfg())
+    assert packed_names(model) == {"body"}
+    assert model.head.weight is model.embed.weight
+    assert torch.isfinite(model(torch.arange(4))).all()
+
+
+def test_linears_that_share_a_weight_go_on_sharing_it() -> None:
+    """One packed tensor for both; and a linear used in two places is converted once."""
+    model = mlp(64, 64, 64)
+    model[1].weight = model[0].weight
+    model.append(model[0])
+    quantize_(model, cfg())
+    assert isinstance(model[0].weight, PackedIntTensor)
+    assert model[1].weight is model[0].weight
+    assert model[2] is model[0]
+
+
+def test_weight_shared_with_an_unmatched_linear_is_left_alone() -> None:
+    """Converting one of the two would untie them."""
+    model = mlp(64, 64, 64, 64)
+    model[1].weight = model[0].weight
+    quantize_(model, cfg(), filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "1")
+    assert packed_names(model) == {"2"}
+
+
+def test_misfits_are_named_in_one_warning() -> None:
+    """All of them, with their sizes; the others are converted."""
+    model = nn.Sequential(nn.Linear(64, 100), nn.Linear(100, 40), nn.Linear(40, 64), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match="left unquantized") as caught:
+        quantize_(model, cfg())
+    ours = [str(w.message) for w in caught if "left unquantized" in str(w.message)]
+    assert len(ours) == 1
+    assert "1 (100 inputs, group_size=32)" in ours[0]
+    assert "2 (40 inputs, group_size=32)" in ours[0]
+    assert packed_names(model) == {"0", "3"}
+    assert caught[0].filename == __file__
+
+
+def test_second_call_leaves_packed_weights() -> None:
+    """With one warning; weights that torchao quantized before count too."""
+    model = mlp(64, 64, 64)
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, name: name == "0")
+    quantize_(model, cfg(bits=2), filter_fn=lambda m, name: name == "1")
+    with pytest.warns(UserWarning, match="already quantized, left as they are: 0, 1"):
+        quantize_(model, cfg(bits=4))
+    assert model[1].weight.bits == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "words"),
+    [
+        (lambda: nn.Sequential(nn.ReLU()), {}, "matched no linear of Sequential"),
+        (lambda: mlp(64, 64), {"filter_fn": lambda m, name: False}, "matched no linear"),
+        (lambda: mlp(50, 60, 50), {}, "group_size"),
+        (lambda: nn.Sequential(Tied()), {"filter_fn": lambda m, name: name == "0.head"}, "share their weight"),
+    ],
+)
+def test_nothing_to_quantize_is_an_error(model: Callable[[], nn.Module], kwargs: dict, words: str) -> None:
+    """torchao itself would return silently."""
+    with pytest.raises(ValueError, match=f"nothing to quantize.*{words}"):
+        quantize_(model(), cfg(), **kwargs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_bad_weight_is_named_and_nothing_is_changed(bad: float, by_name: bool) -> None:
+    """Even though it is the last layer."""
+    model = nn.Sequential(mlp(64, 64, 64))
+    with torch.no_grad():
+        model[0][1].weight[3, 3] = bad
+    with pytest.raises(ValueError, match=r"0\.1: the weight contains NaN or infinity"):
+        quantize_(model, FqnToConfig({r"re:.*": cfg()}) if by_name else cfg(), filter_fn=None)
+    assert packed_names(model) == set()
+
+
+def test_bad_weight_in_an_excluded_layer_does_not_matter() -> None:
+    """Only what would be quantized is looked at."""
+    model = mlp(64, 64, 64)
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    quantize_(model, FqnToConfig({"1": None, r"re:\d": cfg()}), filter_fn=None)
+    assert packed_names(model) == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"bits": 0}, "bits=0"),
+        ({"bits": 9}, "bits=9"),
+        ({"bits": "3"}, "bits='3'"),
+        ({"group_size": 100}, "group_size=100"),
+        ({"group_size": 0}, "group_size=0"),
+        ({"bits": 1, "symmetric": True}, "symmetric"),
+        ({"dtype": torch.int8}, "dtype=torch.int8"),
+    ],
+)
+def test_config_refuses_bad_values(kwargs: dict, words: str) -> None:
+    """At construction, naming argument and value."""
+    with pytest.raises(ValueError, match=words):
+        PackedIntWeightOnlyConfig(**kwargs)
+
+
+def test_config_survives_json() -> None:
+    """As torchao and transformers store it."""
+    config = cfg(bits=5, symmetric=True, dtype=torch.bfloat16)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_single_linear_as_root() -> None:
+    """How transformers quantizes while loading: misfits warn and stay, since the caller walks the model."""
+    linear = nn.Linear(64, 8)
+    quantize_(linear, cfg())
+    assert isinstance(linear.weight, PackedIntTensor)
+    misfit = nn.Linear(50, 8)
+    with pytest.warns(UserWarning, match="left unquantized"):
+        quantize_(misfit, cfg())
+    assert type(misfit.weight) is nn.Parameter
+
+
+def test_quantized_module_survives_pickle_and_deepcopy() -> None:
+    """torchao's own way of describing a linear does not."""
+    model = mlp(64, 96)
+    quantize_(model, cfg())
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other[0].weight, model[0].weight)
+        assert repr(other) == repr(model)
+        assert other[0].weight.qdata.data_ptr() != model[0].weight.qdata.data_ptr()
+
+
+def test_meta_model_gets_the_right_shapes() -> None:
+    """Skeletons are quantized before they have values."""
+    with torch.device("meta"):
+        model = mlp(64, 96)
+    quantize_(model, cfg())
+    assert model[0].weight.qdata.is_meta
+    assert model[0].weight.shape == (96, 64)
+
+
+def test_no_float_copy_stays_alive() -> None:
+    """The bytes of all living tensors, measured: the float weights are gone, the packed ones take what they say."""
+
+    def living_bytes() -> int:
+        gc.collect()
+        with warnings.catch_warnings():  # touching lazy attributes of unrelated objects
+            warnings.simplefilter("ignore")
+            tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and type(o) is not PackedIntTensor]
+        storages = {}
+        for t in tensors:
+            if t.device.type == "cpu" and t.layout == torch.strided and not isinstance(t, PackedIntTensor):
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    start = living_bytes()
+    model = mlp(1024, 1024, 1024).bfloat16()
+    dense = living_bytes() - start
+    quantize_(model, cfg(group_size=128))
+    packed = living_bytes() - start
+    weights, biases = 2 * 1024 * 1024, 2 * 1024 * 2
+    assert dense == weights * 2 + biases
+    assert packed == weights * (3 + 24 / 128) / 8 + biases
+    assert packed <= weights * (3 + 32 / 128) / 8 + biases

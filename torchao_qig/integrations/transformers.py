@@ -1,0 +1,90 @@
+"""Checkpoints: an ordinary transformers directory with packed weights in safetensors, and a config.json that names our config.
+
+`quantize_` describes a transformers model as it quantizes it (`describe`), so `model.save_pretrained` works as usual.
+`save_pretrained` below is the same with the one option that other loaders need: parameter names in the files equal to the
+names in the tensors' metadata (vLLM finds nothing otherwise), which also lets a loaded model be saved again.
+
+transformers itself is only imported where a transformers model is at hand.
+"""
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+from torch import nn
+
+from torchao_qig.tensor import PackedIntTensor
+
+
+def _is_transformers_model(model: nn.Module) -> bool:
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def _has_packed(module: nn.Module) -> bool:
+    return any(isinstance(p, PackedIntTensor) for p in module.parameters())
+
+
+def _left_alone(module: nn.Module, name: str = "") -> list[str]:
+    """Names of the largest sub-modules that hold linears but nothing packed."""
+    if not _has_packed(module):
+        return [name] if any(isinstance(m, nn.Linear) for m in module.modules()) else []
+    return [left for child, m in module.named_children() for left in _left_alone(m, f"{name}.{child}" if name else child)]
+
+
+def modules_left_alone(model: nn.Module) -> list[str]:
+    """What stays unquantized, in both spellings: full names (transformers) and last components (vLLM)."""
+    names = _left_alone(model)
+    packed = {part for name, p in model.named_parameters() if isinstance(p, PackedIntTensor) for part in name.split(".")}
+    last = [name.rsplit(".", 1)[-1] for name in names]
+    return list(dict.fromkeys([*names, *(part for part in last if part not in packed and not part.isdigit())]))
+
+
+def _loading_config(config: Any) -> Any:
+    """The config that a loader should see: an algorithm with steps stands at its last."""
+    return dataclasses.replace(config, step="prepare_for_loading") if hasattr(config, "step") and hasattr(config, "base_config") else config
+
+
+def describe(model: nn.Module, config: Any) -> None:
+    """Write into a transformers model what its save_pretrained needs to know. Nothing happens to other models."""
+    if not _is_transformers_model(model):
+        return
+    from transformers import TorchAoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    described = TorchAoConfig(_loading_config(config), modules_to_not_convert=modules_left_alone(model))
+    model.config.quantization_config = described
+    model.hf_quantizer = AutoHfQuantizer.from_config(described, pre_quantized=True)
+
+
+def _description(model: nn.Module) -> Any:
+    """The torchao config that the model, or a part of it that was quantized on its own, was described with."""
+    for module in model.modules():
+        described = getattr(getattr(module, "config", None), "quantization_config", None)
+        if described is not None and hasattr(described, "quant_type"):
+            return described.quant_type
+    return None
+
+
+def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], config: Any = None, **kwargs: Any) -> None:
+    """Save a quantized transformers model so that transformers and vLLM load it.
+
+    Args:
+        model: a transformers model, quantized as a whole or in part.
+        directory: where to write config.json, the safetensors files and the generation config.
+        config: the torchao config it was quantized with; known already unless another tool did it.
+        kwargs: passed on to `model.save_pretrained` (max_shard_size, ...).
+    """
+    if not _is_transformers_model(model):
+        raise TypeError(f"model: save_pretrained is for transformers models, got {type(model).__name__}; use torch.save(model.state_dict()) instead")
+    if not _has_packed(model):
+        raise ValueError("model: it holds no packed weight; call quantize_(model, config) first, or use model.save_pretrained")
+    config = config if config is not None else _description(model)
+    if config is None:
+        raise ValueError("config: cannot tell how the model was quantized; pass the torchao config that you gave to quantize_")
+    for module in model.modules():  # a part quantized on its own: one description, at the top
+        if module is not model and _is_transformers_model(module) and hasattr(module.config, "quantization_config"):
+            del module.config.quantization_config
+    describe(model, config)
+    model.save_pretrained(directory, save_original_format=False, **kwargs)

@@ -1,0 +1,113 @@
+"""Affine quantization of weights: choose a grid, round to it, come back. The only file of the project that rounds.
+
+A weight `w` of shape (..., N, K) is cut along K into groups of `group_size` (or one group per row, -1). Every group has a
+grid of 2**bits points, `(code - zero) * scale` for code = 0 .. 2**bits - 1, so a weight comes back as its nearest point.
+
+- asymmetric: the grid spans the group's range, widened to contain 0 so that zero is a grid point and `zero` is an integer
+  of the grid. For a group with both signs this is the published QIG rule; for a group of one sign the published rule
+  (`official=True`) clamps `zero` instead and loses most of the range (1.0 .. 1.1 comes back as 0.1).
+- symmetric: the grid is -M .. M times scale with M = 2**(bits - 1) - 1, stored with zero = 2**(bits - 1).
+
+All arithmetic is float32 (float64 for float64 weights), whatever the dtype of the weight; `scale` is rounded to its
+storage dtype *before* the codes are chosen, so the codes are the best ones for the scale that is stored.
+Rounding is half to even. Shapes: w (..., N, K), scale and zero (..., N, K / group_size), codes like w, in uint8.
+"""
+
+import torch
+from torch import Tensor
+
+OFFICIAL_FLOOR = 1e-5  # the published code's smallest range of a group
+
+
+def check_grid(bits: int, group_size: int, symmetric: bool = False) -> None:
+    """Refuse a grid that cannot exist, naming the argument."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits!r}: pass an integer from 1 to 8")
+    if symmetric and bits == 1:
+        raise ValueError("bits=1 with symmetric=True: a symmetric grid needs at least 2 bits; pass symmetric=False or bits=2")
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size != -1 and (group_size < 16 or group_size % 16)):
+        raise ValueError(f"group_size={group_size!r}: pass a multiple of 16, or -1 for one group per row")
+
+
+def fits(in_features: int, group_size: int) -> bool:
+    """Whether rows of `in_features` weights cut into whole groups."""
+    return in_features > 0 and (group_size == -1 or in_features % group_size == 0)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _grouped(w: Tensor, group_size: int) -> Tensor:
+    """(..., N, K) -> (..., N, G, group)."""
+    k = w.shape[-1]
+    if not fits(k, group_size):
+        raise ValueError(f"group_size={group_size}: does not divide the {k} input features; pass a divisor of {k} or -1")
+    return w.unflatten(-1, (-1, k if group_size == -1 else group_size))
+
+
+def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` in its storage dtype, positive and finite."""
+    finfo = torch.finfo(dtype)
+    if dtype != torch.float16:
+        return scale.clamp(finfo.tiny, finfo.max).to(dtype)
+    step = 2.0**-24  # float16 has few normal numbers: use the coarse steps below them too, rounded up so that the range is kept
+    scale = torch.where(scale < finfo.tiny, torch.ceil(scale / step) * step, scale)
+    return scale.clamp(step, finfo.max).to(dtype)
+
+
+def choose_qparams(
+    w: Tensor, bits: int, group_size: int, symmetric: bool = False, official: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale (in `dtype`, by default w's) and zero (uint8) of every group, both (..., N, G).
+
+    Args:
+        w: floating-point weight, (..., N, K).
+        bits: 1 to 8 (symmetric: 2 to 8).
+        group_size: weights per group along K, or -1 for a whole row.
+        symmetric: a grid centred on zero instead of one that spans the range.
+        official: the published QIG rule, with its clamped zero and its floor of 1e-5 under the range.
+        dtype: storage dtype of the scale.
+    """
+    dtype = dtype or w.dtype
+    v = _grouped(w, group_size).to(_compute_dtype(w.dtype))
+    if symmetric:
+        levels = 2 ** (bits - 1) - 1
+        span = v.abs().amax(-1)
+        low = torch.zeros_like(span)
+    else:
+        levels = 2**bits - 1
+        low, high = v.amin(-1), v.amax(-1)
+        if not official:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        span = high - low
+    if official:
+        span = span.clamp(min=OFFICIAL_FLOOR)
+    scale = span / levels
+    if not symmetric:  # high - low overflows where the weights fill the whole float range
+        scale = torch.where(scale.isinf(), high / levels - low / levels, scale)
+    scale = _store(scale, dtype)
+    if symmetric:
+        return scale, torch.full(scale.shape, levels + 1, dtype=torch.uint8, device=w.device)
+    zero = (-torch.round(low / scale.to(low.dtype))).clamp(0, levels)
+    return scale, zero.to(torch.uint8)
+
+
+def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
+    """The code (uint8, 0 .. 2**bits - 1) of the grid point nearest to every weight."""
+    v = _grouped(w, group_size).to(_compute_dtype(w.dtype))
+    codes = torch.round(v / scale.to(v.dtype).unsqueeze(-1)) + zero.unsqueeze(-1)
+    return codes.clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The grid points that the codes stand for, in `dtype` (by default the scale's)."""
+    compute = _compute_dtype(scale.dtype)
+    steps = _grouped(codes, group_size).to(compute) - zero.to(compute).unsqueeze(-1)
+    return (steps * scale.to(compute).unsqueeze(-1)).flatten(-2).to(dtype or scale.dtype)
+
+
+def fake_quantize(w: Tensor, bits: int, group_size: int, symmetric: bool = False, official: bool = False) -> Tensor:
+    """`w` as it will come back from the packed tensor, in its own dtype."""
+    scale, zero = choose_qparams(w, bits, group_size, symmetric, official)
+    return dequantize(quantize(w, scale, zero, bits, group_size), scale, zero, group_size)

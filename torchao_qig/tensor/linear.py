@@ -1,0 +1,86 @@
+"""The linear of a packed weight: one operator, `torch.ops.torchao_qig.linear`, and what eager, autograd and compile make of it.
+
+Eager mode dequantizes the weight and calls `F.linear`: the reference, bit for bit what a fake-quantized model computes.
+Under `torch.compile` the operator is lowered by `lowering.py`:
+
+- decode (few rows): one kernel that reads the packed words and keeps the weight in registers,
+- prefill (many rows): tiles of the weight dequantized for the matmul library.
+
+The number of rows decides (`DECODE_ROWS`); a symbolic number is guarded, so a dynamic batch compiles once per form.
+Gradients flow to the input only: packed weights do not train.
+"""
+
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchao_qig.tensor import affine, packing
+
+DECODE_ROWS = 64  # up to here the decode form is faster than dequantizing (benchmarks/kernels.py)
+# An argument of the operator, so that compiled code cached by another version of the lowering is never reused.
+KERNELS = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("lowering.py", "packing.py")))
+
+
+def dequantize(qdata: Tensor, scale: Tensor, zero: Tensor, group_size: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight (..., rows, columns) that packed words, stored scale and stored zero stand for."""
+    codes = packing.unpack(qdata, rows, columns)
+    scale = packing.unpack_groups(scale, group_size, rows, columns)
+    zero = packing.unpack_groups(zero, group_size, rows, columns)
+    return affine.dequantize(codes, scale, zero, group_size, dtype)
+
+
+@torch.library.custom_op("torchao_qig::linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    rows: int,
+    columns: int,
+    decode: bool,
+    kernels: int,
+) -> Tensor:
+    """x (M, columns) times the packed weight (rows, columns) transposed, plus bias; the last two only matter when compiled."""
+    return F.linear(x, dequantize(qdata, scale, zero, group_size, rows, columns, x.dtype), bias)
+
+
+@packed_linear.register_fake
+def _(x, qdata, scale, zero, bias, group_size, rows, columns, decode, kernels):  # type: ignore[no-untyped-def]
+    from torchao_qig.tensor import lowering
+
+    lowering.register()  # whoever traces may compile next
+    return x.new_empty(x.shape[0], rows)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, qdata, scale, zero, _, group_size, rows, columns, *_ = inputs
+    ctx.save_for_backward(qdata, scale, zero)
+    ctx.layout = group_size, rows, columns
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        qdata, scale, zero = ctx.saved_tensors
+        group_size, rows, columns = ctx.layout
+        grad_x = grad @ dequantize(qdata, scale, zero, group_size, rows, columns, grad.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.sum(0)
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
+
+
+torch.library.register_autograd("torchao_qig::linear", _backward, setup_context=_setup_context)
+
+
+def use_decode(rows: int | torch.SymInt) -> bool:
+    """Whether the decode form serves this many rows; guards on a symbolic number, except in export, which must not specialise."""
+    if isinstance(rows, torch.SymInt) and torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(rows <= DECODE_ROWS)
+    return bool(rows <= DECODE_ROWS)
