@@ -8,6 +8,8 @@ rounding does to random weights. The text model's linears are those of a 0.5 B Q
 
 import argparse
 import copy
+import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -78,6 +80,9 @@ def main() -> None:
     for bits in args.bits:
         models[f"int{bits}"] = copy.deepcopy(full)
         quantize_(models[f"int{bits}"], PackedIntWeightOnlyConfig(bits=bits))
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        print("no C++ compiler found, which torch.compile needs on a CPU: no speed is measured")
+        args.compile = False
     step = milliseconds_per_token(models) if args.compile else {}
 
     print(f"Qwen2, {args.layers} blocks of 896 x 4864, random weights, group 128, round to nearest, {torch.get_num_threads()} CPU threads")

@@ -16,6 +16,7 @@ ORDER = [
     "config",
     "integrations",
     "tensor.ops",
+    "tensor.products",
     "tensor.packed",
     "tensor.linear",
     "tensor.lowering",

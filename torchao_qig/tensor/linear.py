@@ -10,7 +10,9 @@ The number of rows decides (`DECODE_ROWS`); a symbolic number is guarded, so a d
 Gradients flow to the input only: packed weights do not train.
 """
 
+import warnings
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -49,11 +51,19 @@ def packed_linear(
     return F.linear(x, dequantize(qdata, scale, zero, group_size, rows, columns, x.dtype), bias)
 
 
-@packed_linear.register_fake
-def _(x, qdata, scale, zero, bias, group_size, rows, columns, decode, kernels):  # type: ignore[no-untyped-def]
+@lru_cache
+def _register_lowering() -> None:
     from torchao_qig.tensor import lowering
 
-    lowering.register()  # whoever traces may compile next
+    try:
+        lowering.register()
+    except (ImportError, AttributeError) as error:  # another torch: still right, without the fused kernels
+        warnings.warn(f"torch {torch.__version__}: {error}; compiled packed linears run unfused and slowly. Tested with torch 2.13.0.", stacklevel=2)
+
+
+@packed_linear.register_fake
+def _(x, qdata, scale, zero, bias, group_size, rows, columns, decode, kernels):  # type: ignore[no-untyped-def]
+    _register_lowering()  # whoever traces may compile next
     return x.new_empty(x.shape[0], rows)
 
 

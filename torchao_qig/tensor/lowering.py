@@ -6,8 +6,8 @@ should be, for the C++ and the Triton backend alike, and leaves all options alon
 
 Decode. One reduction over units of 32 columns; output rows are the lanes. Per code: mask the word in place (no shift),
 convert to float, multiply-add with the activation, which was divided by 2**shift beforehand. Scale and zero are applied
-once per unit: sum (q - z) s x = s (sum q x - z sum x). Up to `ROWS` rows of x share the unpacking: they are separate
-reductions of the same loop nest, which the scheduler fuses.
+once per turn of the loop: sum (q - z) s x = s (sum q x - z sum x). Up to `ROWS` rows of x share the unpacking: they are
+separate reductions of the same loop nest, which the scheduler fuses.
 
 Prefill. The weight is dequantized, transposed (columns, rows), by one loop with 32 stores, then multiplied by the matmul
 library; large weights in slices of rows.
@@ -22,6 +22,7 @@ import torch
 from torchao_qig.tensor.packing import TILE, UNIT, Part, fields
 
 ROWS = 4  # rows of x per decode loop: more save little unpacking and cost compile time
+STEP = 2  # units per turn of the decode loop, for one row of x; more rows fill the turn by themselves
 CHAINS = 2  # independent sums per unit, to hide the latency of multiply-add
 SLICE_BYTES = 2**25  # of dequantized weight at a time: larger blocks come fresh from the system, page by page, on every call
 
@@ -37,16 +38,29 @@ def _in_place(parts: tuple[Part, ...]) -> bool:
     return len(parts) == 1 and parts[0].at + parts[0].width < 32
 
 
+def _columns_per_scale(units: int, group_size: int, rows: int) -> int:
+    """Half a unit where a group ends there; else one unit, or `STEP` where they divide the row and the group."""
+    if group_size != -1 and group_size % UNIT:
+        return UNIT // 2
+    whole = rows == 1 and units % STEP == 0 and (group_size == -1 or group_size % (STEP * UNIT) == 0)
+    return STEP * UNIT if whole else UNIT
+
+
 @lru_cache
 def register() -> None:
     """Teach Inductor the operator; called when it is first traced, so that plain serving never imports the compiler."""
     import sympy
     from torch._inductor import ir
     from torch._inductor.lowering import lowerings, register_lowering
+    from torch._inductor.ops_handler import OpsHandler
     from torch._inductor.virtualized import V, ops
     from torch.utils._sympy.functions import FloorDiv
 
     aten = torch.ops.aten
+
+    def multiply_add(a: Any, b: Any, c: Any) -> Any:
+        """a * b + c, in one instruction where this torch can say so."""
+        return ops.fma(a, b, c) if hasattr(OpsHandler, "fma") else ops.add(ops.mul(a, b), c)
 
     def code(words: Mapping[int, Any], parts: tuple[Part, ...], in_place: bool) -> Any:
         """A code as float: exact, or times 2**at where it is masked in place."""
@@ -92,37 +106,38 @@ def register() -> None:
         shared = min(int(m), ROWS) if m.is_number else ROWS
         blocks = FloorDiv(m + shared - 1, shared)
         x = lowerings[aten.constant_pad_nd.default](x, [0, 0, 0, blocks * shared - m], 0.0)
-        half = 16 if group_size != -1 and group_size % UNIT else UNIT  # columns under one scale
+        span = _columns_per_scale(units, group_size, shared)  # columns whose products are summed before scale and zero
+        step = max(span, UNIT) // UNIT  # units per turn of the loop
 
         x_at, prescale_at = x.make_loader(), V.graph.add_tensor_constant(_prescale(bits).to(x.get_device())).make_loader()
         ranges = [blocks * shared, units]
         scaled = pointwise(x, torch.float32, [*ranges, UNIT], lambda i: ops.mul(as_float(x_at([i[0], i[1] * UNIT + i[2]])), prescale_at([i[2]])))
         scaled.realize()
-        minus_sums = total(x, [*ranges, UNIT // half], half, lambda i, r: ops.neg(as_float(x_at([i[0], i[1] * UNIT + i[2] * half + r[0]]))))
+        minus_sums = total(x, [blocks * shared, units * UNIT // span], span, lambda i, r: ops.neg(as_float(x_at([i[0], i[1] * span + r[0]]))))
         scaled_at, sums_at = scaled.make_loader(), minus_sums.make_loader()
         word_at, scale_at, zero_at = qdata.make_loader(), scale.make_loader(), zero.make_loader()
 
         def row_sum(block_row: int) -> Any:
             def inner(index: Any, reduction: Any) -> Any:
                 block, tile, lane = index
-                (unit,) = reduction
-                row = block + block_row * blocks
-                words = {i: word_at([i, tile, unit, lane]) for i in range(bits)}
+                row, first = block + block_row * blocks, reduction[0] * step
+                words = [{i: word_at([i, tile, first + u, lane]) for i in range(bits)} for u in range(step)]
                 result = None
-                for start in range(0, UNIT, half):
+                for start in range(0, step * UNIT, span):
                     chains: list[Any] = [None] * CHAINS
-                    for j in range(start, start + half):
-                        value, factor = code(words, fields(bits)[j], in_place=True), scaled_at([row, unit, j])
+                    for column in range(start, start + span):
+                        u, j = divmod(column, UNIT)
+                        value, factor = code(words[u], fields(bits)[j], in_place=True), scaled_at([row, first + u, j])
                         chain = chains[j % CHAINS]
-                        chains[j % CHAINS] = ops.mul(value, factor) if chain is None else ops.fma(value, factor, chain)
-                    dot = ops.add(*chains)
-                    at = [group_of(unit, start, group_size), tile * TILE + lane]
-                    shifted = ops.fma(as_float(zero_at(at)), sums_at([row, unit, start // half]), dot)
+                        chains[j % CHAINS] = ops.mul(value, factor) if chain is None else multiply_add(value, factor, chain)
+                    at = [group_of(first, start, group_size), tile * TILE + lane]
+                    block_sum = sums_at([row, FloorDiv(first * UNIT + start, span)])
+                    shifted = multiply_add(as_float(zero_at(at)), block_sum, ops.add(*chains))
                     part = ops.mul(shifted, as_float(scale_at(at)))
                     result = part if result is None else ops.add(result, part)
                 return result
 
-            return total(x, [blocks, tiles, TILE], units, inner)
+            return total(x, [blocks, tiles, TILE], units // step, inner)
 
         rows = [lowerings[torch.ops.prims.convert_element_type.default](row_sum(r), x.get_dtype()) for r in range(shared)]
         y = lowerings[aten.cat.default](rows, 0) if len(rows) > 1 else rows[0]

@@ -1,4 +1,4 @@
-"""What torch may do with a `PackedIntTensor`: multiply, view, slice, join, move, copy. Importing this registers it all."""
+"""What torch may do with a `PackedIntTensor` besides multiplying: view, slice, join, move, copy. Importing this registers it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,68 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from torchao_qig.tensor import linear, packing
+from torchao_qig.tensor import packing
 from torchao_qig.tensor.packed import PackedIntTensor
 
 aten = torch.ops.aten
 implements = PackedIntTensor.implements
 implements_torch_function = PackedIntTensor.implements_torch_function
-
-
-# ---- products ----
-
-
-def apply_linear(x: Tensor, w: PackedIntTensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` with a packed weight, for any leading shape of x."""
-    if w.dim() != 2 or w.transposed:
-        raise ValueError(f"linear: need a (rows, columns) weight, got shape {tuple(w.shape)}, transposed={w.transposed}; select one matrix first")
-    if x.dim() < 1 or x.shape[-1] != w.columns:
-        raise ValueError(f"linear: input of shape {tuple(x.shape)} does not end in the weight's {w.columns} columns")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if w.act_pre_scale is not None:
-        x = x * w.act_pre_scale.to(x.dtype)
-    flat = x.reshape(-1, w.columns)
-    bias = None if bias is None else bias.to(x.dtype)
-    decode = linear.use_decode(flat.shape[0])
-    y = torch.ops.torchao_qig.linear(flat, w.qdata, w.scale, w.zero_point, bias, w.group_size, w.rows, w.columns, decode, linear.KERNELS)
-    return y.reshape(*x.shape[:-1], w.rows)
-
-
-def _effective(w: Tensor) -> Tensor:
-    """The dense matrix that a linear with `w` multiplies by, its pre-scale included; plain tensors pass."""
-    if not isinstance(w, PackedIntTensor):
-        return w
-    dense = w.dequantize()
-    if w.act_pre_scale is None:
-        return dense
-    return dense * (w.act_pre_scale.unsqueeze(-1) if w.transposed else w.act_pre_scale)
-
-
-@implements(aten.linear.default)
-@implements_torch_function(torch.nn.functional.linear)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    x, w, bias = (*args, *(kwargs[k] for k in ("input", "weight", "bias") if k in kwargs), None)[:3]
-    if not isinstance(w, PackedIntTensor):
-        return torch.nn.functional.linear(_effective(x), w, bias)
-    return apply_linear(x, w, bias)
-
-
-@implements([aten.mm.default, aten.matmul.default, aten.bmm.default])
-@implements_torch_function([torch.matmul, torch.Tensor.matmul])
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    a, b = args
-    if isinstance(b, PackedIntTensor) and b.dim() == 2 and b.transposed and not isinstance(a, PackedIntTensor):
-        return apply_linear(a, _transposed(b))
-    return func(_effective(a), _effective(b))
-
-
-@implements(aten.addmm.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    bias, a, b = args
-    if not kwargs and isinstance(b, PackedIntTensor) and b.transposed and not isinstance(a, PackedIntTensor) and bias.dim() == 1:
-        return apply_linear(a, _transposed(b), bias)
-    return func(bias, _effective(a), _effective(b), **kwargs)
 
 
 # ---- views ----
@@ -86,10 +30,6 @@ def _view(fn: Callable[..., PackedIntTensor]) -> Callable[..., Any]:
 
 def _same(t: Tensor) -> Tensor:
     return t
-
-
-def _transposed(w: PackedIntTensor) -> PackedIntTensor:
-    return w.with_data(_same, transposed=not w.transposed)
 
 
 def _border(w: PackedIntTensor) -> int:
@@ -160,7 +100,7 @@ def _reshape(w: PackedIntTensor, *shape: Any) -> PackedIntTensor:
     return w.with_data(_same)
 
 
-implements([aten.t.default, aten.mT.default])(_view(_transposed))
+implements([aten.t.default, aten.mT.default])(_view(PackedIntTensor.flipped))
 implements([aten.view.default, aten._unsafe_view.default, aten.reshape.default])(_view(_reshape))
 implements(aten.slice.Tensor)(_view(_slice))
 implements(aten.select.int)(_view(_select))
@@ -172,7 +112,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     w, a, b = args
     if {a % w.dim(), b % w.dim()} != {w.dim() - 2, w.dim() - 1} and a % w.dim() != b % w.dim():
         raise ValueError(f"transpose({a}, {b}): only the last two dimensions of a packed weight can be exchanged")
-    result = w.with_data(_same) if a % w.dim() == b % w.dim() else _transposed(w)
+    result = w.with_data(_same) if a % w.dim() == b % w.dim() else w.flipped()
     return return_and_correct_aliasing(func, args, kwargs, result)
 
 

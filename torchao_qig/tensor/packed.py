@@ -163,6 +163,10 @@ class PackedIntTensor(TorchAOBaseTensor):
             data = {name: None if t is None else fn(t) for name, t in data.items()}
             return PackedIntTensor(**data, **kept)
 
+    def flipped(self) -> "PackedIntTensor":
+        """The view with rows and columns exchanged."""
+        return self.with_data(lambda t: t, transposed=not self.transposed)
+
     # torchao's base class would read `checksum` (that is, compute it) in these three; in memory there is none.
     def _apply_fn_to_data(self, fn: Callable[[Tensor], Tensor]) -> "PackedIntTensor":
         return self.with_data(fn)
