@@ -137,6 +137,16 @@ def test_misfits_are_named_in_one_warning() -> None:
     assert caught[0].filename == __file__
 
 
+def test_embeddings_and_convolutions_are_left_alone() -> None:
+    """Their weights are matrices too, but nothing that F.linear multiplies: a pattern over everything names them in one warning."""
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64), nn.Conv1d(64, 64, 32), nn.LayerNorm(64))
+    with pytest.warns(UserWarning, match=r"not nn\.Linear: 0 \(Embedding\), 2 \(Conv1d\)"):
+        quantize_(model, FqnToConfig({r"re:.*": cfg()}), filter_fn=None)
+    assert packed_names(model) == {"1"}
+    with pytest.raises(ValueError, match=r"not nn\.Linear: 0 \(Embedding\)"):
+        quantize_(model, cfg(), filter_fn=lambda m, name: name == "0")
+
+
 def test_second_call_leaves_packed_weights() -> None:
     """With one warning; weights that torchao quantized before count too."""
     model = mlp(64, 64, 64)

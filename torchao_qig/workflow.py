@@ -34,13 +34,19 @@ def _is_shared_with_others(weight: Tensor, call: _compat.QuantizeCall) -> bool:
     return any(id(m) not in ours or not isinstance(m, nn.Linear) for m in holders)
 
 
+def _contains(model: nn.Module, module: nn.Module) -> bool:
+    return any(m is module for m in model.modules())
+
+
 def _obstacle(module: nn.Module, name: str, config: PackedIntWeightOnlyConfig, call: _compat.QuantizeCall | None) -> str | None:
-    """Why this parameter stays as it is: 'done', 'tied', 'misfit', 'other' (no weight matrix); or None."""
+    """Why this parameter stays as it is: 'no matrix', 'done', 'not linear', 'tied', 'misfit'; or None."""
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
-        return "other"
+        return "no matrix"
     if not _is_plain_float(weight):
         return "done"
+    if name == "weight" and not isinstance(module, nn.Linear) and call is not None and _contains(call.model, module):
+        return "not linear"  # embeddings and convolutions do not multiply through F.linear
     if call is not None and _is_shared_with_others(weight, call):
         return "tied"
     return None if affine.fits(weight.shape[-1], config.group_size) else "misfit"
@@ -55,29 +61,30 @@ def check_assignments(call: _compat.QuantizeCall) -> None:
         label = f"{a.fqn}.{a.parameter}" if a.parameter != "weight" else a.fqn or type(a.module).__name__
         obstacle = _obstacle(a.module, a.parameter, a.config, call)
         weight = getattr(a.module, a.parameter, None)
+        if obstacle == "not linear":
+            label += f" ({type(a.module).__name__})"
         if obstacle == "misfit":
             label += f" ({weight.shape[-1]} inputs, group_size={a.config.group_size})"  # type: ignore[union-attr]
         elif obstacle is None and not weight.is_meta and not torch.isfinite(weight).all():  # type: ignore[union-attr]
             raise ValueError(f"{label}: the weight contains NaN or infinity; repair it or leave this layer out with filter_fn. The model is unchanged.")
         found.setdefault(obstacle, []).append(label)
     if not found.keys() & {None, "done"} and not isinstance(call.model, nn.Linear):  # one linear: somebody walks the model and calls for each
-        misfits, tied = ", ".join(found.get("misfit", [])), ", ".join(found.get("tied", []))
+        misfits, tied, others = (", ".join(found.get(kind, [])) for kind in ("misfit", "tied", "not linear"))
         reason = (
             f"group_size divides the input features of none of: {misfits}. {ADVICE}" if misfits
             else f"the only matches share their weight with another module: {tied}" if tied
+            else f"the matches are not nn.Linear: {others}" if others
             else f"filter_fn matched no linear of {type(call.model).__name__}; pass a model with nn.Linear modules, or another filter_fn"
         )  # fmt: skip
         raise ValueError(f"nothing to quantize: {reason}")
     if "misfit" in found:
         warnings.warn(f"left unquantized, group_size does not divide the input features: {', '.join(found['misfit'])}. {ADVICE}", stacklevel=5)
+    if "not linear" in found:
+        warnings.warn(f"left unquantized, not nn.Linear: {', '.join(found['not linear'])}", stacklevel=5)
     if "done" in found:
         warnings.warn(f"already quantized, left as they are: {', '.join(found['done'])}", stacklevel=5)
     if "tied" in found:
         logger.info("left unquantized, weight shared with another module: %s", ", ".join(found["tied"]))
-
-
-def _contains(model: nn.Module, module: nn.Module) -> bool:
-    return any(m is module for m in model.modules())
 
 
 def _is_first(module: nn.Module, name: str, call: _compat.QuantizeCall) -> bool:
@@ -96,8 +103,8 @@ def packed_int_weight_only(module: nn.Module, config: PackedIntWeightOnlyConfig,
     if call is not None and call.names_modules and _is_first(module, parameter_name, call):
         check_assignments(call)  # calls with a filter have been checked when they were announced
     obstacle = _obstacle(module, parameter_name, config, call)
-    if obstacle in ("done", "tied", "other") or (obstacle == "misfit" and call is not None and _contains(call.model, module)):
-        return module
+    if obstacle and not (obstacle == "misfit" and (call is None or not _contains(call.model, module))):
+        return module  # a misfit that no plan has announced is an error below
     weight = getattr(module, parameter_name)
     packed = nn.Parameter(PackedIntTensor.from_hp(weight.detach(), config.bits, config.group_size, config.symmetric, config.dtype), requires_grad=False)
     holders = [module] if call is None else [m for m in call.model.modules() if m._parameters.get(parameter_name) is weight]
