@@ -110,6 +110,8 @@ def test_autocast_decides_the_dtype() -> None:
         (6, 16, 80, 80, torch.float32),
         (7, 48, 128, 128, torch.bfloat16),
         (8, 64, 256, -1, torch.float32),
+        (3, 33, 1056, 16, torch.float32),
+        (4, 48, 1024, 128, torch.bfloat16),
     ],
 )
 def test_compiled_forms_are_right(bits: int, rows: int, columns: int, group_size: int, dtype: torch.dtype) -> None:
@@ -134,21 +136,21 @@ def kernels_and_buffers(code: str) -> tuple[int, list[int]]:
 @pytest.mark.parametrize("m", [1, 8])
 def test_decode_is_one_kernel_that_reads_packed_words(m: int, scaled: bool) -> None:
     """Pre-scale, linear, bias and the activation after it: one generated kernel, no library call, no dense weight."""
-    w, bias = packed(128, 512, dtype=torch.bfloat16), torch.randn(128).bfloat16()
+    w, bias = packed(128, 1024, dtype=torch.bfloat16), torch.randn(128).bfloat16()
     if scaled:
-        w.act_pre_scale = torch.rand(512).bfloat16() + 0.5
+        w.act_pre_scale = torch.rand(1024).bfloat16() + 0.5
 
     def layer(x: Tensor) -> Tensor:
         return F.silu(F.linear(x, w, bias))
 
     with torch.no_grad():
-        _, codes = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=False), torch.randn(m, 512).bfloat16())
+        _, codes = run_and_get_code(torch.compile(layer, fullgraph=True, dynamic=False), torch.randn(m, 1024).bfloat16())
     calls, sizes = kernels_and_buffers(codes[0])
     assert len(codes) == 1
     assert calls == 1
     assert "extern_kernels." not in codes[0][codes[0].index("def call(") :]
     assert sizes
-    assert max(sizes) < 128 * 512 / 4
+    assert max(sizes) < 128 * 1024 / 4
 
 
 def test_whole_chain_is_one_kernel() -> None:
@@ -175,11 +177,11 @@ def test_freezing_keeps_the_weight_packed() -> None:
 
 def test_dynamic_batch_compiles_once_per_form() -> None:
     """No recompilation per batch size: decode and prefill, one graph each."""
-    w, counter = packed(), CompileCounterWithBackend("inductor")
+    w, counter = packed(columns=1024), CompileCounterWithBackend("inductor")
     linear = torch.compile(lambda x: F.linear(x, w), fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
         for m in (2, 3, 7, 16, DECODE_ROWS, DECODE_ROWS + 1, 100, 333, 5):
-            x = torch.randn(m, 256)
+            x = torch.randn(m, 1024)
             close(linear(x), F.linear(x.double(), w.dequantize(torch.float64)))
     assert counter.frame_count == 2
 

@@ -23,6 +23,7 @@ from torchao_qig.tensor.packing import TILE, UNIT, Part, fields
 
 ROWS = 4  # rows of x per decode loop: more save little unpacking and cost compile time
 STEP = 2  # units per turn of the decode loop, for one row of x; more rows fill the turn by themselves
+SHORT = 16  # units up to which rows do not share: the C++ compiler unrolls so short a loop whole, four times over
 CHAINS = 2  # independent sums per unit, to hide the latency of multiply-add
 SLICE_BYTES = 2**25  # of dequantized weight at a time: larger blocks come fresh from the system, page by page, on every call
 
@@ -103,7 +104,7 @@ def register() -> None:
         """(M, units * 32) times the weight transposed: (M, tiles * 16)."""
         bits, tiles, units, _ = (int(n) for n in qdata.get_size())
         m = x.get_size()[0]
-        shared = min(int(m), ROWS) if m.is_number else ROWS
+        shared = 1 if units <= SHORT else min(int(m), ROWS) if m.is_number else ROWS
         blocks = FloorDiv(m + shared - 1, shared)
         x = lowerings[aten.constant_pad_nd.default](x, [0, 0, 0, blocks * shared - m], 0.0)
         span = _columns_per_scale(units, group_size, shared)  # columns whose products are summed before scale and zero
