@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import multiprocessing
 import pickle
 from collections.abc import Callable
 from itertools import pairwise
@@ -246,19 +247,24 @@ def test_meta_model_gets_the_right_shapes() -> None:
     assert model[0].weight.shape == (96, 64)
 
 
-def test_no_float_copy_stays_alive() -> None:
-    """The bytes of all living tensors, measured: the float weights are gone, the packed ones take what they say."""
+def _living_bytes() -> int:
+    gc.collect()
+    plain = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter) and o.device.type == "cpu" and o.layout == torch.strided]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}.values())
 
-    def living_bytes() -> int:
-        gc.collect()
-        plain = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter) and o.device.type == "cpu" and o.layout == torch.strided]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}.values())
 
-    start = living_bytes()
+def _dense_and_packed_bytes() -> tuple[int, int]:
+    start = _living_bytes()
     model = mlp(1024, 1024, 1024).bfloat16()
-    dense = living_bytes() - start
+    dense = _living_bytes() - start
     quantize_(model, cfg(group_size=128))
-    packed = living_bytes() - start
+    return dense, _living_bytes() - start
+
+
+def test_no_float_copy_stays_alive() -> None:
+    """The bytes of all living tensors of a fresh process: the float weights are gone, the packed ones take what they say."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        dense, packed = process.apply(_dense_and_packed_bytes)
     weights, biases = 2 * 1024 * 1024, 2 * 1024 * 2
     assert dense == weights * 2 + biases
     assert packed == weights * (3 + 24 / 128) / 8 + biases
