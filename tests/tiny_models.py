@@ -10,9 +10,16 @@ from transformers import PreTrainedModel
 
 Built = tuple[PreTrainedModel, dict[str, Tensor]]
 IMAGE, VIDEO, START, END = 190, 191, 192, 193  # token ids
-TEXT = dict(
-    hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=200, max_position_embeddings=256
-)
+TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "max_position_embeddings": 256,
+}
+TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 QWEN_ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 
 
@@ -28,18 +35,25 @@ def _ids(image_tokens: int, batch: int = 1) -> Tensor:
 
 
 def qwen2(dtype: torch.dtype = torch.float32, tied: bool = False) -> Built:
+    """A text model; `tied`: the head is the embedding's weight."""
     return _build(hf.Qwen2ForCausalLM, hf.Qwen2Config(**TEXT, tie_word_embeddings=tied), dtype), {"input_ids": _ids(0)}
 
 
 def llava_onevision(dtype: torch.dtype = torch.float32) -> Built:
-    vision = hf.SiglipVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
     config = hf.LlavaOnevisionConfig(
-        vision_config=vision, text_config=hf.Qwen2Config(**TEXT), image_token_index=IMAGE, video_token_index=VIDEO, vision_feature_layer=-1,
-        vision_feature_select_strategy="full", image_grid_pinpoints=[[28, 28]], vision_aspect_ratio="anyres_max_9",
-    )  # fmt: skip
+        vision_config=hf.SiglipVisionConfig(**TOWER, image_size=28, patch_size=14),
+        text_config=hf.Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=[[28, 28]],
+        vision_aspect_ratio="anyres_max_9",
+    )
     model = _build(hf.LlavaOnevisionForConditionalGeneration, config, dtype)
+    pixels = torch.randn(1, 2, 3, 28, 28).to(dtype)
     tokens = 4 + 4 + 2  # base image, the one crop, a newline per row
-    return model, {"input_ids": _ids(tokens), "pixel_values": torch.randn(1, 2, 3, 28, 28).to(dtype), "image_sizes": torch.tensor([[28, 28]])}
+    return model, {"input_ids": _ids(tokens), "pixel_values": pixels, "image_sizes": torch.tensor([[28, 28]])}
 
 
 def _qwen_image(patch: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -118,17 +132,29 @@ def qwen3_vl(dtype: torch.dtype = torch.float32) -> Built:
 
 
 def internvl(dtype: torch.dtype = torch.float32) -> Built:
-    vision = hf.InternVLVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=[28, 28], patch_size=[7, 7])
+    vision = hf.InternVLVisionConfig(**TOWER, image_size=[28, 28], patch_size=[7, 7])
     config = hf.InternVLConfig(vision_config=vision, text_config=hf.Qwen2Config(**TEXT), image_token_id=IMAGE, downsample_ratio=0.5)
-    return _build(hf.InternVLForConditionalGeneration, config, dtype), {"input_ids": _ids(4), "pixel_values": torch.randn(1, 3, 28, 28).to(dtype)}
+    model = _build(hf.InternVLForConditionalGeneration, config, dtype)
+    return model, {"input_ids": _ids(4), "pixel_values": torch.randn(1, 3, 28, 28).to(dtype)}
 
 
 def smolvlm(dtype: torch.dtype = torch.float32) -> Built:
-    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    vision = {**TOWER, "image_size": 28, "patch_size": 7}
     config = hf.SmolVLMConfig(vision_config=vision, text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2)
-    return _build(hf.SmolVLMForConditionalGeneration, config, dtype), {"input_ids": _ids(4), "pixel_values": torch.randn(1, 1, 3, 28, 28).to(dtype)}
+    model = _build(hf.SmolVLMForConditionalGeneration, config, dtype)
+    return model, {"input_ids": _ids(4), "pixel_values": torch.randn(1, 1, 3, 28, 28).to(dtype)}
 
 
 VLMS: dict[str, Callable[..., Built]] = {
-    "llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "internvl": internvl, "smolvlm": smolvlm,
-}  # fmt: skip
+    "llava_onevision": llava_onevision,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "smolvlm": smolvlm,
+}
+
+
+def language_model(vlm: PreTrainedModel) -> torch.nn.Module:
+    """The decoder of any of `VLMS`, without its head."""
+    return vlm.model.text_model if isinstance(vlm, hf.SmolVLMForConditionalGeneration) else vlm.model.language_model
