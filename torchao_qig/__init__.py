@@ -1,17 +1,29 @@
-"""torchao_qig: packed 1 to 8 bit weights for torchao, with linears that torch.compile fuses into one kernel.
+"""torchao_qig: QIG calibration and packed 1 to 8 bit weights for torchao, with linears that torch.compile fuses into one kernel.
 
 Importing the package registers its configs and its tensor with torchao, torch.load and transformers.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torchao_qig._compat import register as _register
-from torchao_qig.config import PackedIntWeightOnlyConfig
+from torchao_qig.config import PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
 from torchao_qig.integrations.transformers import save_pretrained
 from torchao_qig.tensor import PackedIntTensor
 
 __version__ = "0.1.0"
-__all__ = ["PackedIntTensor", "PackedIntWeightOnlyConfig", "save_pretrained"]
+__all__ = ["Calibration", "PackedIntTensor", "PackedIntWeightOnlyConfig", "QIGWeightOnlyConfig", "calibrate", "save_pretrained"]
+
+if TYPE_CHECKING:
+    from torchao_qig.calibrate import Calibration, calibrate
 
 _register(PackedIntTensor)
 import_module("torchao_qig.workflow")  # registers the handlers with torchao
+
+
+def __getattr__(name: str) -> Any:
+    """Calibration is imported when it is first used: serving a checkpoint does without."""
+    if name in ("calibrate", "Calibration"):
+        package = import_module("torchao_qig.calibrate")
+        return package if name == "calibrate" else package.Calibration
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 try:
     from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
@@ -39,7 +39,7 @@ except (ImportError, AttributeError) as error:
         " install that, or a torchao_qig that supports yours."
     ) from error
 
-__all__ = ["AnnouncedConfig", "QuantizeCall", "find_quantize_call", "register", "register_quantize_module_handler"]
+__all__ = ["AnnouncedConfig", "QuantizeCall", "find_quantize_call", "quantized_weight", "register", "register_quantize_module_handler"]
 
 
 def register(tensor_class: type) -> None:
@@ -48,6 +48,15 @@ def register(tensor_class: type) -> None:
     SAFETENSORS_CLASSES[tensor_class.__name__] = tensor_class
     if tensor_class.__name__ not in SAFETENSORS_NAMES:
         SAFETENSORS_NAMES.append(tensor_class.__name__)  # in place: transformers and vLLM hold this list
+
+
+def quantized_weight(weight: Tensor, config: Any) -> Tensor:
+    """The weight tensor that any torchao config makes of this weight."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    holder = nn.Sequential(linear)
+    quant_api.quantize_(holder, config)
+    return holder[0].weight.detach()
 
 
 class Assignment(NamedTuple):

@@ -1,12 +1,20 @@
 """The configs that `torchao.quantize_` takes: data and validation, nothing else; workflow.py says what they do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torchao.core.config import AOBaseConfig
 
 from torchao_qig._compat import AnnouncedConfig, QuantizeCall
 from torchao_qig.tensor.affine import check_grid
+
+DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_dtype(name: str, dtype: object) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"{name}={dtype!r}: pass torch.float32, torch.bfloat16, torch.float16 or None")
 
 
 @dataclass
@@ -30,11 +38,155 @@ class PackedIntWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
 
     def __post_init__(self) -> None:
         check_grid(self.bits, self.group_size, self.symmetric)
-        if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype={self.dtype!r}: pass torch.float32, torch.bfloat16, torch.float16 or None")
+        _check_dtype("dtype", self.dtype)
 
     @staticmethod
     def announce(call: QuantizeCall) -> None:
         from torchao_qig.workflow import check_assignments
 
         check_assignments(call)
+
+
+@dataclass
+class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
+    """Calibrate, then quantize: equalization scales under a loss that weighs every token by integrated gradients (QIG).
+
+    `quantize_(model, QIGWeightOnlyConfig(bits=3, calib=loader))`. Without `calib` weights are rounded to nearest, which is what
+    loaders of saved checkpoints need.
+
+    The quantized form:
+        bits, group_size, symmetric, dtype: see `PackedIntWeightOnlyConfig`.
+        base_config: another torchao config to quantize with, instead of these; its weights must take an `act_pre_scale`.
+        modules: names of modules whose linears are quantized ("visual", "lm_head", "model.layers.3"; a name stands for all
+            that ends in it); None: the decoder's repeated blocks.
+        fold: put scales into norms and linears before, where that is exact.
+        pre_scale: otherwise keep them as `act_pre_scale`; False leaves such groups without a scale.
+        pre_scaled: for loaders: weights made without data get an `act_pre_scale` of ones.
+
+    The search:
+        sensitivity: what a token's error counts: "qig", "modality" (MBQ), "uniform" (AWQ), or None for no search.
+        loss: "mae" or "mse", at the output of the module that a group feeds.
+        grid: number of candidate scales.
+        quadrature, steps: "gauss" (6 points) or "riemann" (the paper's 32) for the integrated gradients.
+        search: "coarse", or "exhaustive" for every candidate on every sample.
+        warmup_groups: so many first groups get uniform token weights.
+        modality_ratio: for "modality": one ratio, or ratios by part of a module's name; None measures them.
+        official: reproduce the published code: its clamped zero point, padding that counts.
+
+    How it runs (not saved with a model):
+        calib: an iterable of batches (dicts passed as keywords, tuples, tensors, a datasets.Dataset), or a `Calibration`.
+        model: the model that the batches are for, where `quantize_` is given a part of it.
+        step: "prepare" records the batches that the model is then run on, "convert" calibrates with them.
+        device: where blocks are computed; None: where they are.
+        compute_dtype: of gradients and losses; None: bfloat16 where the device has fast bfloat16 matrix units, else float32.
+        micro_batch: samples computed at once; None: as many as fit a cache (CPU) or 4096 tokens.
+        max_host_memory: bytes of captured activations kept in memory; more goes to temporary files.
+        checkpoint_dir: where a killed calibration picks up again.
+        verbose: show a progress bar.
+    """
+
+    bits: int = 3
+    group_size: int = 128
+    symmetric: bool = False
+    dtype: torch.dtype | None = None
+    base_config: AOBaseConfig | None = None
+    modules: list[str] | None = None
+    fold: bool = True
+    pre_scale: bool = True
+    pre_scaled: bool = False
+    sensitivity: str | None = "qig"
+    loss: str = "mae"
+    grid: int = 20
+    quadrature: str = "gauss"
+    steps: int | None = None
+    search: str = "coarse"
+    warmup_groups: int = 0
+    modality_ratio: float | dict[str, float] | None = None
+    official: bool = False
+    calib: Any = None
+    model: Any = None
+    step: str | None = None
+    device: Any = None
+    compute_dtype: torch.dtype | None = None
+    micro_batch: int | None = None
+    max_host_memory: int | None = None
+    checkpoint_dir: Any = None
+    verbose: bool = True
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size, self.symmetric)
+        _check_dtype("dtype", self.dtype)
+        _check_dtype("compute_dtype", self.compute_dtype)
+        _check_choice("sensitivity", self.sensitivity, ("qig", "modality", "uniform", None))
+        _check_choice("loss", self.loss, ("mae", "mse"))
+        _check_choice("quadrature", self.quadrature, ("gauss", "riemann"))
+        _check_choice("search", self.search, ("coarse", "exhaustive"))
+        _check_choice("step", self.step, (None, "prepare", "convert"))
+        for name, least, optional in (
+            ("grid", 1, False), ("steps", 1, True), ("warmup_groups", 0, False), ("micro_batch", 1, True), ("max_host_memory", 0, True),
+        ):  # fmt: skip
+            _check_count(name, getattr(self, name), least, optional)
+        if isinstance(self.modules, str) or not (self.modules is None or all(isinstance(m, str) for m in self.modules)):
+            raise ValueError(f"modules={self.modules!r}: pass a list of module names, or None for the decoder's blocks")
+        if not (self.fold or self.pre_scale):
+            raise ValueError("fold=False, pre_scale=False: then there is nowhere to put a scale; set one of them, or sensitivity=None")
+        if self.base_config is not None and not isinstance(self.base_config, AOBaseConfig):
+            raise ValueError(f"base_config={self.base_config!r}: pass a torchao config such as Int8WeightOnlyConfig()")
+        if self.step == "prepare" and self.calib is not None:
+            raise ValueError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
+
+    @classmethod
+    def paper(cls, **kwargs: Any) -> "QIGWeightOnlyConfig":
+        """The published method as its released code computes it (32 Riemann points, every candidate, clamped zero points,
+        uniform weights for the first five groups, groups that cannot be folded left out)."""
+        preset = dict(quadrature="riemann", steps=32, loss="mae", search="exhaustive", official=True, pre_scale=False, warmup_groups=5)
+        return cls(**{**preset, "compute_dtype": torch.float32, **kwargs})
+
+    @staticmethod
+    def announce(call: QuantizeCall) -> None:
+        from torchao_qig.workflow import calibrated_call
+
+        calibrated_call(call)
+
+    def for_loading(self, pre_scaled: bool) -> "QIGWeightOnlyConfig":
+        """What a loader of the quantized model needs: the recipe without the data."""
+        nothing: dict[str, Any] = dict.fromkeys(RUNTIME)
+        return replace(self, pre_scaled=pre_scaled, **nothing)
+
+    def public(self) -> dict[str, Any]:
+        """The fields that say what is computed, as JSON can hold them."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*RUNTIME, "version", "base_config")}
+        return {**kept, "dtype": None if self.dtype is None else str(self.dtype), "base_config": None if self.base_config is None else repr(self.base_config)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QIGWeightOnlyConfig":
+        new = object.__new__(type(self))  # shares the loader and the model: a generator cannot be copied
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+
+
+# torchao's JSON and copies leave out what begins with an underscore: a saved config holds the recipe, not the data.
+RUNTIME = ("calib", "model", "step", "device", "compute_dtype", "micro_batch", "max_host_memory", "checkpoint_dir", "verbose")
+
+
+def _hidden(name: str, default: Any) -> Any:
+    return property(lambda self: self.__dict__.get(f"_{name}", default), lambda self, value: self.__dict__.__setitem__(f"_{name}", value))
+
+
+for _name in RUNTIME:
+    setattr(QIGWeightOnlyConfig, _name, _hidden(_name, _name == "verbose" or None))
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, choices))}")
+
+
+def _check_count(name: str, value: object, least: int, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: pass an integer of at least {least}{' or None' if optional else ''}")

@@ -41,8 +41,10 @@ def modules_left_alone(model: nn.Module) -> list[str]:
     return list(dict.fromkeys([*names, *(part for part in last if part not in packed and not part.isdigit())]))
 
 
-def _loading_config(config: Any) -> Any:
-    """The config that a loader should see: an algorithm with steps stands at its last."""
+def _loading_config(model: nn.Module, config: Any) -> Any:
+    """The config that a loader should see: an algorithm with steps stands at its last, data is left out."""
+    if hasattr(config, "for_loading"):
+        return config.for_loading(any(isinstance(p, PackedIntTensor) and p.act_pre_scale is not None for p in model.parameters()))
     return dataclasses.replace(config, step="prepare_for_loading") if hasattr(config, "step") and hasattr(config, "base_config") else config
 
 
@@ -53,7 +55,7 @@ def describe(model: nn.Module, config: Any) -> None:
     from transformers import TorchAoConfig
     from transformers.quantizers import AutoHfQuantizer
 
-    described = TorchAoConfig(_loading_config(config), modules_to_not_convert=modules_left_alone(model))
+    described = TorchAoConfig(_loading_config(model, config), modules_to_not_convert=modules_left_alone(model))
     model.config.quantization_config = described
     model.hf_quantizer = AutoHfQuantizer.from_config(described, pre_quantized=True)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 OFFICIAL_FLOOR = 1e-5  # the published code's smallest range of a group
+CHUNK = 2**17  # weights that `fake_quantize` works on at a time
 
 
 def check_grid(bits: int, group_size: int, symmetric: bool = False) -> None:
@@ -77,7 +78,7 @@ def choose_qparams(
         low = torch.zeros_like(span)
     else:
         levels = 2**bits - 1
-        low, high = v.amin(-1), v.amax(-1)
+        low, high = torch.aminmax(v, dim=-1)
         if not official:
             low, high = low.clamp(max=0), high.clamp(min=0)
         span = high - low
@@ -93,11 +94,15 @@ def choose_qparams(
     return scale, zero.to(torch.uint8)
 
 
+def _to_grid(v: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The integer grid point nearest to every `v` (..., G, group), as a float."""
+    return torch.div(v, scale.to(v.dtype).unsqueeze(-1)).round_().add_(zero.to(v.dtype).unsqueeze(-1)).clamp_(0, 2**bits - 1)
+
+
 def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
     """The code (uint8, 0 .. 2**bits - 1) of the grid point nearest to every weight."""
     v = _grouped(w, group_size).to(_compute_dtype(w.dtype))
-    codes = torch.round(v / scale.to(v.dtype).unsqueeze(-1)) + zero.unsqueeze(-1)
-    return codes.clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)
+    return _to_grid(v, scale, zero, bits).to(torch.uint8).flatten(-2)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -107,7 +112,13 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtyp
     return (steps * scale.to(compute).unsqueeze(-1)).flatten(-2).to(dtype or scale.dtype)
 
 
-def fake_quantize(w: Tensor, bits: int, group_size: int, symmetric: bool = False, official: bool = False) -> Tensor:
-    """`w` as it will come back from the packed tensor, in its own dtype."""
-    scale, zero = choose_qparams(w, bits, group_size, symmetric, official)
-    return dequantize(quantize(w, scale, zero, bits, group_size), scale, zero, group_size)
+def fake_quantize(w: Tensor, bits: int, group_size: int, symmetric: bool = False, official: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """`w` as it will come back from the packed tensor with scales in `dtype` (by default w's), in w's own dtype."""
+    out = torch.empty_like(w, memory_format=torch.contiguous_format)
+    rows = max(1, CHUNK // max(1, w.shape[-1]))  # some rows at a time stay in the processor's cache
+    for part, dense in zip(w.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True):
+        scale, zero = choose_qparams(part, bits, group_size, symmetric, official, dtype)
+        v = _grouped(part, group_size).to(_compute_dtype(w.dtype))
+        steps = _to_grid(v, scale, zero, bits).sub_(zero.to(v.dtype).unsqueeze(-1))
+        dense.copy_(steps.mul_(scale.to(v.dtype).unsqueeze(-1)).flatten(-2))
+    return out

@@ -1,0 +1,125 @@
+"""Put a calibration into a model: scales into norms and weights, then round and pack. All is made first, then set at once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchao_qig._compat import quantized_weight
+from torchao_qig.calibrate.fold import norm_parameters, pre_scale, scaled_linear
+from torchao_qig.calibrate.result import Calibration, GroupResult
+from torchao_qig.config import QIGWeightOnlyConfig
+from torchao_qig.tensor import PackedIntTensor, affine
+
+
+class Change(NamedTuple):
+    """A parameter to set."""
+
+    module: nn.Module
+    name: str
+    value: nn.Parameter | None
+
+
+def grid_of(config: QIGWeightOnlyConfig) -> list[Any]:
+    """What a weight is rounded to, as JSON."""
+    return [repr(config.base_config)] if config.base_config is not None else [config.bits, config.group_size, config.symmetric]
+
+
+def rounder(config: QIGWeightOnlyConfig, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A function from weights to what their quantized form stands for; `dtype` is that of the model's weights."""
+    if config.base_config is not None:
+        return lambda w: dense(quantized_weight(w.to(dtype), config.base_config)).to(w.dtype)
+    return lambda w: affine.fake_quantize(w, config.bits, config.group_size, config.symmetric, config.official, config.dtype or dtype)
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The weight that a quantized tensor of any kind stands for."""
+    if hasattr(weight, "dequantize") and type(weight) is not Tensor:
+        try:
+            return weight.dequantize()
+        except (NotImplementedError, RuntimeError):
+            pass
+    return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T
+
+
+def quantize_weight(w: Tensor, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> Tensor:
+    """The packed form of a weight that carries its scales already."""
+    if config.base_config is not None:
+        return quantized_weight(w.to(dtype), config.base_config)
+    scale, zero = affine.choose_qparams(w, config.bits, config.group_size, config.symmetric, config.official, config.dtype or dtype)
+    return PackedIntTensor.from_codes(affine.quantize(w, scale, zero, config.bits, config.group_size), scale, zero, config.bits, config.group_size)
+
+
+def _frozen(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(t, requires_grad=False)
+
+
+class _Scales:
+    """Who is scaled by what, in the model at hand."""
+
+    def __init__(self, model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOnlyConfig]) -> None:
+        self.columns: dict[str, Tensor] = {}
+        self.rows: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}  # act_pre_scale
+        self.norms: list[Change] = []
+        for group in found.groups.values():
+            members = [n for n in group.linears if n in targets]
+            if members:
+                self._take(model, group, members, targets)
+
+    def _take(self, model: nn.Module, group: GroupResult, members: list[str], targets: dict[str, QIGWeightOnlyConfig]) -> None:
+        linear = model.get_submodule(members[0])
+        assert isinstance(linear, nn.Linear)
+        if linear.in_features != len(group.scale):
+            raise ValueError(f"calib: made for another model: {members[0]} has {linear.in_features} inputs here, {len(group.scale)} there")
+        scale = group.scale.to(linear.weight.device)
+        whole = len(members) == len(group.linears)
+        if whole and group.fold_kind == "linear" and group.fold_into in targets:
+            self.rows[group.fold_into] = scale
+        elif whole and group.fold_kind.endswith("norm"):
+            norm = model.get_submodule(group.fold_into)
+            new, scale = norm_parameters(norm, group.fold_kind, scale)
+            self.norms += [Change(norm, name, _frozen(value)) for name, value in new.items()]
+        else:
+            before, scale = pre_scale(scale, linear.weight.dtype)
+            self.before.update(dict.fromkeys(members, before))
+        self.columns.update(dict.fromkeys(members, scale))
+
+
+def changes(model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOnlyConfig], simulate: bool = False) -> list[Change]:
+    """All parameters to set in `model` so that `targets` are quantized as calibrated.
+
+    With `simulate` weights stay dense and get the values that the packed ones stand for.
+    """
+    scales = _Scales(model, found, targets)
+    made = list(scales.norms)
+    for name, config in targets.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        dtype = linear.weight.dtype
+        weight, bias = scaled_linear(linear, scales.columns.get(name), scales.rows.get(name))
+        before = scales.before.get(name)
+        if simulate:
+            value = rounder(config, dtype)(weight)
+            value = (value if before is None else value * before.to(value)).to(dtype)
+        else:
+            value = quantize_weight(weight, config, dtype)
+            if before is not None:
+                if not hasattr(value, "act_pre_scale"):
+                    raise ValueError(
+                        f"base_config={config.base_config!r}: its {type(value).__name__} takes no act_pre_scale; pass pre_scale=False or another config"
+                    )
+                value.act_pre_scale = before
+            elif config.pre_scaled:
+                value.act_pre_scale = torch.ones(linear.in_features, dtype=dtype, device=linear.weight.device)
+        made.append(Change(linear, "weight", _frozen(value)))
+        if bias is not None and name in scales.rows:
+            made.append(Change(linear, "bias", _frozen(bias)))
+    return made
+
+
+def commit(made: list[Change]) -> None:
+    for module, name, value in made:
+        setattr(module, name, value)

@@ -1,0 +1,127 @@
+"""Watch modules run: inputs of linears and of the modules around them in the forward pass, gradients on the way back.
+
+`Observer` hooks one block. `replica` makes the block that calibration works on: the same parameters (shared where device
+and dtype agree), so the model itself is never touched. `patched` runs modules with other forwards for a while.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """What a module was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Seen(NamedTuple):
+    """One call of an inspected module: the input of its group, the call, and the output."""
+
+    x: Tensor
+    call: Call
+    out: Tensor
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The main output of a module that may return more."""
+    if isinstance(out, Tensor):
+        return out
+    for value in out.values() if isinstance(out, Mapping) else out:
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError(f"a module returned no tensor but {type(out).__name__}")
+
+
+def replica(block: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """`block` for reading, in eval mode and without its hooks.
+
+    Parameters are shared with the original where nothing changes. With `dtype`, floating-point tensors in the block's main
+    dtype are cast; others (a router kept in float32) stay.
+    """
+    tensors = [*block.parameters(), *block.buffers()]
+    floats = [t.dtype for t in block.parameters() if t.is_floating_point()]
+    main = max(set(floats), key=floats.count) if floats else None
+
+    def moved(t: Tensor) -> Tensor:
+        return t.detach().to(device, dtype if dtype is not None and t.dtype == main else t.dtype)
+
+    memo: dict[int, Any] = {id(t): nn.Parameter(moved(t), requires_grad=False) if isinstance(t, nn.Parameter) else moved(t) for t in tensors}
+    copied = copy.deepcopy(block, memo)
+    for module in copied.modules():
+        if "_hf_hook" in module.__dict__:  # accelerate moves parameters around in an overridden forward
+            module.__dict__.pop("forward", None)
+            del module._hf_hook
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()
+    return copied.eval()
+
+
+@contextmanager
+def patched(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Run with these forwards in place of the modules' own."""
+    before = [(module, module.__dict__.get("forward")) for module in forwards]
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before:
+            module.__dict__.pop("forward", None)
+            if own is not None:
+                module.forward = own
+
+
+class Observer:
+    """Hooks on a block: inputs of `linears`, and calls and outputs of every module that contains some of them.
+
+    Use as a context manager around one forward pass; a second pass starts afresh.
+    """
+
+    def __init__(self, block: nn.Module, linears: list[str]) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.calls: dict[str, list[tuple[Call, Any]]] = {}
+        self._block, self._linears = block, linears
+        self._watched = {prefix for name in linears for prefix in _prefixes(name)}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "Observer":
+        self.inputs, self.calls = {}, {}
+        for name in self._linears:
+            self._handles.append(self._block.get_submodule(name).register_forward_pre_hook(self._input_hook(name)))
+        for name in self._watched:
+            self._handles.append(self._block.get_submodule(name).register_forward_hook(self._call_hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _input_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.inputs.setdefault(name, []).append(args[0].detach())
+
+        return hook
+
+    def _call_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            self.calls.setdefault(name, []).append((Call(args, kwargs), out))
+
+        return hook
+
+    def seen(self, inspected: str, linear: str) -> list[Seen]:
+        """The calls of an inspected module, with the input that its group's linears received in each."""
+        calls = self.calls.get(inspected, [])
+        return [Seen(x, call, first_tensor(out).detach()) for x, (call, out) in zip(self.inputs.get(linear, []), calls, strict=True)]
+
+
+def _prefixes(name: str) -> list[str]:
+    """A linear's own name and those of all modules around it, "" (the block) included."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:n]) for n in range(len(parts) + 1)]

@@ -1,0 +1,78 @@
+"""A calibration that survives being killed: after every block its results and the hidden states are on disk.
+
+`manifest.json` says how many blocks are done and carries a fingerprint of settings, weights and data; it is replaced in one
+step after everything it speaks of has been written. A directory of another calibration is an error that names the difference.
+"""
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from torchao_qig.calibrate import ranks
+from torchao_qig.calibrate.result import Calibration, _replace
+
+NUMERICS = 1  # raise it when the same input gives other scales
+
+
+def _crc(t: Tensor) -> int:
+    return zlib.crc32(t.detach().cpu().contiguous().view(torch.uint8).numpy().data) if t.numel() else 0
+
+
+def fingerprint_of_model(root: nn.Module) -> str:
+    crc = hashlib.sha256()
+    for name, p in root.named_parameters():
+        crc.update(f"{name} {p.dtype} {tuple(p.shape)} {_crc(p)}".encode())
+    return crc.hexdigest()
+
+
+def fingerprint_of_data(hidden: list[Tensor]) -> str:
+    return hashlib.sha256(" ".join(f"{tuple(h.shape)} {_crc(h)}" for h in hidden).encode()).hexdigest()
+
+
+class Progress:
+    """The files of one calibration."""
+
+    def __init__(self, directory: Path, fingerprint: dict[str, Any]) -> None:
+        self.directory = directory
+        self.fingerprint = {"numerics": NUMERICS, "ranks": ranks.world(), **fingerprint}
+        self._manifest = directory / "manifest.json"
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def done(self) -> int:
+        """Blocks that an earlier run finished."""
+        try:
+            written = json.loads(self._manifest.read_text())
+        except FileNotFoundError:
+            return 0
+        for key, value in self.fingerprint.items():
+            before = written["fingerprint"].get(key)
+            if before != json.loads(json.dumps(value)):
+                raise ValueError(
+                    f"checkpoint_dir={str(self.directory)!r}: holds another calibration ({key} was {before!r}, is {value!r}); pass an empty directory"
+                )
+        return int(written["done"])
+
+    def save(self, done: int, found: Calibration, hidden: list[Tensor], notes: dict[str, Any]) -> None:
+        rank = ranks.rank()
+        tensors = {f"{i}": h.contiguous().clone() for i, h in enumerate(hidden)}
+        _replace(self.directory / f"hidden_{done}_{rank}.safetensors", lambda p: save_file(tensors, p))
+        if rank == 0:
+            found.save(self.directory / f"block_{done}")
+        ranks.all_agree(True)  # everybody has written
+        if rank == 0:
+            text = json.dumps({"fingerprint": self.fingerprint, "done": done, "notes": notes}, indent=1)
+            _replace(self._manifest, lambda p: p.write_text(text))
+        (self.directory / f"hidden_{done - 1}_{rank}.safetensors").unlink(missing_ok=True)
+
+    def load(self, done: int) -> tuple[list[Calibration], list[Tensor], dict[str, Any]]:
+        """What the finished blocks found, the hidden states after them, and the notes."""
+        found = [Calibration.load(self.directory / f"block_{n}") for n in range(1, done + 1)]
+        hidden = load_file(self.directory / f"hidden_{done}_{ranks.rank()}.safetensors")
+        notes = json.loads(self._manifest.read_text())["notes"]
+        return found, [hidden[str(i)] for i in range(len(hidden))], notes

@@ -1,0 +1,320 @@
+"""`calibrate`: the whole way from a model and its batches to a `Calibration`. The model is only read."""
+
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchao_qig.calibrate import modality, ranks, resume, search
+from torchao_qig.calibrate.apply import grid_of, rounder
+from torchao_qig.calibrate.batches import Batch, read
+from torchao_qig.calibrate.block import Block, Work
+from torchao_qig.calibrate.fold import Fold, FoldFinder, find_folds
+from torchao_qig.calibrate.groups import Group, join, labels, linears_in
+from torchao_qig.calibrate.observer import first_tensor, replica
+from torchao_qig.calibrate.plan import Plan, choose
+from torchao_qig.calibrate.result import MODALITIES, Calibration, GroupResult
+from torchao_qig.calibrate.store import Store
+from torchao_qig.calibrate.stream import Chain, Piece, Stream, cast, find_chains, quiet
+from torchao_qig.config import QIGWeightOnlyConfig
+
+logger = logging.getLogger(__name__)
+
+Filter = Callable[[nn.Module, str], bool]
+PART = 4  # the coarse search looks at every fourth sample, where there are at least twice as many
+
+
+def calibrate(model: nn.Module, loader: Iterable[Any], config: QIGWeightOnlyConfig | None = None, filter_fn: Filter | None = None) -> Calibration:
+    """Choose equalization scales for the linears of a model from its runs on some batches.
+
+    Args:
+        model: any `nn.Module`; it is not changed.
+        loader: batches as the model takes them: dicts (passed as keywords), tuples, tensors; a DataLoader, a datasets.Dataset.
+        config: see `QIGWeightOnlyConfig`.
+        filter_fn: as in torchao's `quantize_`: which linears; by default all of the decoder's blocks.
+    """
+    config = config or QIGWeightOnlyConfig()
+    chosen = filter_fn or (lambda m, name: isinstance(m, nn.Linear))
+    linears = {name: config for name, m in model.named_modules() if isinstance(m, nn.Linear) and chosen(m, name)}
+    return calibrate_linears(model, loader, config, linears)
+
+
+def calibrate_linears(model: nn.Module, loader: Iterable[Any], config: QIGWeightOnlyConfig, linears: dict[str, QIGWeightOnlyConfig]) -> Calibration:
+    """The same for these linears, each with the grid of its own config."""
+    with quiet(model):
+        return Run(model, config, linears).run(loader)
+
+
+class Run:
+    """One calibration."""
+
+    def __init__(self, model: nn.Module, config: QIGWeightOnlyConfig, linears: dict[str, QIGWeightOnlyConfig]) -> None:
+        self.model, self.config, self.linears = model, config, linears
+        self.found = Calibration(settings=config.public())
+        self.started = time.perf_counter()
+        counts: dict[int, int] = {}
+        for _, m in model.named_modules(remove_duplicate=False):
+            for p in (p for p in m._parameters.values() if p is not None):
+                counts[id(p)] = counts.get(id(p), 0) + 1
+        self.shared = {i for i, n in counts.items() if n > 1}
+        self.searched = 0  # groups so far
+        self.hints: dict[tuple[Group, ...], dict[Group, Fold | None]] = {}
+        self.samples: dict[tuple[int, int], int] = {}
+        self.ratios: dict[str, float] = {}
+        self.counts = (0.0, 0.0)
+        self.cuttable = False
+
+    def run(self, loader: Iterable[Any]) -> Calibration:
+        batches = self._mine(loader)
+        first = next(batches)
+        chains = self._chains(first)
+        plan = choose(self.model, chains, self.linears, self.config)
+        logger.info("%s", plan)
+        held = [first, *batches]
+        for chain in plan.chains:
+            self._run_chain(chain, plan, held, last=chain is plan.chains[-1])
+        self.found.grids = {n: grid_of(self.linears[n]) for n in sorted(plan.linears)}
+        self._describe()
+        return self.found
+
+    def _mine(self, loader: Iterable[Any]) -> Iterator[Batch]:
+        """This rank's batches."""
+        every = read(self.model, loader)
+        if not ranks.splits(loader):
+            return every
+        mine = [b for b in every if b.number % ranks.world() == ranks.rank()]
+        if not ranks.all_agree(bool(mine)):
+            raise ValueError(f"calib: fewer batches than ranks ({ranks.world()}); make the batches smaller")
+        return iter(mine)
+
+    def _chains(self, first: Batch) -> list[Chain]:
+        try:
+            chains = find_chains(self.model, first)
+        except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            raise ValueError(f"calib: {type(self.model).__name__} cannot run batch {first.number}: {error}. The model is unchanged.") from error
+        return chains
+
+    # One chain of blocks
+
+    def _run_chain(self, chain: Chain, plan: Plan, batches: list[Batch], last: bool) -> None:
+        device = self._device(chain)
+        stream = Stream(self.model, chain, device, Store(self.config.max_host_memory))
+        for batch in batches:
+            stream.add(batch, self.config.micro_batch)
+        self._number_samples(stream)
+        self.cuttable = stream.cuttable
+        if self.config.sensitivity == "modality":
+            self._modality(chain, plan, batches, stream)
+        if last:
+            batches.clear()  # large images are no longer needed
+        done, progress = self._resume(stream, chain)
+        bar = tqdm(total=len(chain.names), initial=done, desc="calibrating", unit="block", disable=not self.config.verbose or ranks.rank() > 0)
+        with bar:
+            for index, name in enumerate(chain.names):
+                if index >= done:
+                    gain = self._run_block(name, plan, stream)
+                    if gain is not None:
+                        bar.set_postfix_str(f"loss {gain:+.1%}")
+                    bar.update()
+                stream.next_block()
+                if progress is not None and index >= done:
+                    progress.save(index + 1, self._block_result(name), [p.hidden for p in stream.pieces if p.hidden is not None], {"searched": self.searched})
+        self._keep_modality(stream)
+        self.found.stats["activation_bytes_in_files"] = self.found.stats.get("activation_bytes_in_files", 0) + stream.store.filed
+
+    def _device(self, chain: Chain) -> torch.device:
+        if self.config.device is not None:
+            return torch.device(self.config.device)
+        devices = {p.device for p in self.model.get_submodule(chain.names[0]).parameters()}
+        if any(d.type == "meta" for d in devices):
+            raise ValueError(f"model: {chain.names[0]} has weights on the meta device (offloaded by accelerate?); load the model on the CPU and pass device=")
+        return next(iter(devices), torch.device("cpu"))
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        if self.config.compute_dtype is not None:
+            return self.config.compute_dtype
+        if self.config.quadrature == "riemann":
+            return torch.float32
+        fast = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else True
+        return torch.bfloat16 if fast else torch.float32
+
+    def _number_samples(self, stream: Stream) -> None:
+        mine = [(p.batch, row) for p in stream.pieces for row in p.rows]
+        self.samples = {key: i for i, key in enumerate(sorted(key for keys in ranks.gathered(mine) for key in keys))}
+
+    def _part(self, pieces: list[Piece]) -> dict[int, list[int]]:
+        """Per piece the rows that the coarse search looks at; every row where there are few samples."""
+        step = PART if len(self.samples) >= 2 * PART else 1
+        part = {i: [r for r, row in enumerate(p.rows) if self.samples[p.batch, row] % step == 0] for i, p in enumerate(pieces)}
+        return part if self.cuttable else {i: list(range(len(pieces[i].rows))) if rows else [] for i, rows in part.items()}
+
+    def _modality(self, chain: Chain, plan: Plan, batches: list[Batch], stream: Stream) -> None:
+        masks = [modality.split(p.tokens) for p in stream.pieces]
+        sums = torch.tensor([sum(float(m[i].sum()) for m in masks) for i in (0, 1)], dtype=torch.float64)
+        self.counts = tuple(ranks.summed(sums).tolist())
+        if self.config.modality_ratio is None:
+            inside = {b: [n for n in linears_in(self.model.get_submodule(b)) if join(b, n) in plan.linears] for b in chain.names}
+            ratios = modality.ModalityRatios(self.model, chain.names, inside)
+            for batch in batches:
+                ratios.add(batch)
+            self.ratios = ratios.finish()
+
+    def _ratio(self, name: str) -> float:
+        given = self.config.modality_ratio
+        if isinstance(given, dict):
+            return next((float(v) for part, v in given.items() if part in name), 1.0)
+        return float(given) if given is not None else self.ratios.get(name, 1.0)
+
+    def _resume(self, stream: Stream, chain: Chain) -> tuple[int, resume.Progress | None]:
+        if self.config.checkpoint_dir is None:
+            return 0, None
+        hidden = [p.hidden for p in stream.pieces if p.hidden is not None]
+        shown = {k: v for k, v in self.config.public().items()} | {"linears": {n: grid_of(c) for n, c in self.linears.items()}}
+        data = ranks.gathered(resume.fingerprint_of_data(hidden))
+        marks = {"settings": shown, "model": resume.fingerprint_of_model(self.model), "data": data}
+        progress = resume.Progress(Path(self.config.checkpoint_dir) / (chain.names[0] or "model"), marks)
+        done = progress.done()
+        if done:
+            found, states, notes = progress.load(done)
+            for part in found:
+                self.found.groups |= part.groups
+                self.found.tokens |= part.tokens
+                self.found.completeness |= part.completeness
+            self.searched = notes["searched"]
+            for piece, state in zip((p for p in stream.pieces if p.hidden is not None), states, strict=True):
+                piece.hidden = state
+            logger.info("continuing after block %d of %d", done, len(chain.names))
+        return done, progress
+
+    def _block_result(self, block: str) -> Calibration:
+        labels_here = [label for label, g in self.found.groups.items() if g.block == block]
+        return Calibration(
+            groups={k: self.found.groups[k] for k in labels_here},
+            tokens={k: v for k, v in self.found.tokens.items() if k in labels_here},
+            completeness={k: v for k, v in self.found.completeness.items() if k in labels_here},
+        )
+
+    # One block
+
+    def _run_block(self, name: str, plan: Plan, stream: Stream) -> float | None:
+        """Calibrate one block; the relative change of its loss."""
+        module = self.model.get_submodule(name)
+        mine = {n: self.linears[join(name, n)] for n in linears_in(module) if join(name, n) in plan.linears}
+        block = Block(
+            module, {n: rounder(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()}, stream, self.config, self._compute_dtype(stream.device)
+        )
+        sample = _SmallRun(stream) if mine else None
+        folds_of = self._folds(block, module, sample, list(mine)) if sample else None
+        block.observe()
+        if folds_of is None:
+            return None
+        groups = [w.group for w in block.works]
+        folds = folds_of(groups)
+        names = dict(zip(groups, labels(groups, name), strict=True))
+        part = self._part(stream.pieces)
+        masks = {i: p.tokens for i, p in enumerate(stream.pieces)}
+        results = []
+        for work in block.works:
+            if folds[work.group] is None and not self.config.pre_scale:
+                continue  # it stays without a scale
+            results.append(self._run_group(block, work, names[work.group], name, folds[work.group], masks, part))
+            work.parts.clear()
+        before, after = (sum(losses) for losses in zip(*((r.rounding_loss, r.loss) for r in results), strict=True)) if results else (0.0, 0.0)
+        return after / before - 1 if before > 0 else None
+
+    def _folds(self, block: Block, module: nn.Module, sample: "_SmallRun", mine: list[str]) -> Callable[[list[Group]], dict[Group, Fold | None]]:
+        """To be called before the stream moves on: it replays the block on one sample."""
+        if not self.config.fold:
+            return lambda groups: dict.fromkeys(groups)
+        reference = replica(block.exact, block.device, torch.float32)
+        pairs = zip(module.modules(), reference.modules(), strict=True)
+        private = {id(r) for m, r in pairs if not any(id(p) in self.shared for p in m._parameters.values())}
+        finder = FoldFinder(reference, sample.run, sample.hidden, block.device, mine, lambda m: id(m) in private)
+
+        def find(groups: list[Group]) -> dict[Group, Fold | None]:
+            key = tuple(groups)
+            folds = find_folds(finder, groups, self.hints.get(key, {}))
+            agreed = {g: fold if ranks.all_agree(fold is not None) else None for g, fold in folds.items()}
+            self.hints[key] = agreed
+            return agreed
+
+        return find
+
+    def _run_group(
+        self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None, masks: dict[int, Any], part: dict[int, list[int]]
+    ) -> GroupResult:
+        sensitivity = "uniform" if self.searched < self.config.warmup_groups else str(self.config.sensitivity)
+        self.searched += 1
+        x_mean = work.x_mean()
+        block.weigh(work, masks, sensitivity, self._ratio(join(block_name, work.group.inspected)), self.counts)
+        winner, losses = block.search(work, x_mean, part)
+        self._keep_tokens(work, label, block.stream.pieces)
+        ratio = search.ratios(self.config.grid)[winner]
+        result = GroupResult(
+            label=label, block=block_name, linears=[join(block_name, n) for n in work.group.linears], inspected=join(block_name, work.group.inspected),
+            weighting=sensitivity, fold_kind=fold.kind if fold else "act_pre_scale", fold_into=join(block_name, fold.producer) if fold else "",
+            ratio=ratio, winner=winner, losses=losses, x_mean=x_mean.cpu(), scale=search.scale_for(x_mean, ratio).cpu(),
+        )  # fmt: skip
+        self.found.groups[label] = result
+        return result
+
+    def _keep_tokens(self, work: Work, label: str, pieces: list[Piece]) -> None:
+        """Token weights per sample, from all ranks, in the loader's order."""
+        mine: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for p in work.parts:
+            piece = pieces[p.piece]
+            if p.weights is None or p.weights.shape[0] != len(piece.rows):
+                continue
+            error = p.completeness if p.completeness is not None else torch.full((1,), torch.nan)
+            error = error if len(error) == len(piece.rows) else error.expand(len(piece.rows))
+            mine |= {(piece.batch, row): (w.cpu(), e.cpu()) for row, w, e in zip(piece.rows, p.weights, error, strict=True)}
+        every = {key: value for part in ranks.gathered(mine) for key, value in part.items()}
+        if every:
+            self.found.tokens[label] = [every[key][0] for key in sorted(every)]
+            self.found.completeness[label] = torch.stack([every[key][1] for key in sorted(every)])
+
+    def _keep_modality(self, stream: Stream) -> None:
+        mine: dict[tuple[int, int], Tensor] = {}
+        for p in stream.pieces:
+            if p.tokens.counted is not None:
+                kinds = p.tokens.counted.to(torch.uint8) * MODALITIES["text"]
+                for mask, kind in ((p.tokens.answer, "answer"), (p.tokens.vision, "vision")):
+                    if mask is not None:
+                        kinds = torch.where(mask & p.tokens.counted, MODALITIES[kind], kinds)
+                mine |= {(p.batch, row): k for row, k in zip(p.rows, kinds.to(torch.uint8), strict=True)}
+        every = {key: value for part in ranks.gathered(mine) for key, value in part.items()}
+        if every:
+            self.found.modality = [every[key] for key in sorted(every)]
+
+    def _describe(self) -> None:
+        stats = self.found.stats
+        stats["seconds"] = time.perf_counter() - self.started
+        stats["samples"] = len(self.samples)
+        stats["tokens"] = sum(int((m != 0).sum()) for m in self.found.modality)
+        stats["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is not None:
+            stats["peak_device_bytes"] = torch.accelerator.max_memory_allocated()
+        stats["versions"] = {"torch": torch.__version__}
+
+
+class _SmallRun:
+    """Replays a block on one sample, in float32; holds on to the inputs that the stream has now."""
+
+    def __init__(self, stream: Stream) -> None:
+        piece = stream.pieces[0]
+        rows = [0] if len(piece.rows) > 1 and stream.cuttable else None
+        self.call = cast(stream.call(piece, rows), stream.device, torch.float32)
+        self.hidden = None
+        if piece.hidden is not None:
+            self.hidden = piece.hidden[rows] if rows else piece.hidden
+            self.hidden = self.hidden.to(stream.device, torch.float32)
+
+    def run(self, block: nn.Module) -> Tensor:
+        return first_tensor(block(*self.call.args, **self.call.kwargs)).float()

@@ -1,0 +1,89 @@
+"""Choose a group's equalization scale: columns of W times s, the input divided by s, s = (mean |x| per channel) ** ratio.
+
+Candidates are the ratios 0, 1/grid, ..., 1 - 1/grid; 0 is plain rounding. The loss of a candidate is the weighted mean over
+tokens of the error at the inspected module's output. Ties go to the smaller ratio.
+
+`exhaustive` evaluates every candidate on every sample. `coarse` spends less: every second candidate on a quarter of the
+samples, then the neighbours of the best two, then the best two and plain rounding on every sample.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-4  # of a scale, before it is centred
+
+
+def ratios(grid: int) -> list[float]:
+    return [k / grid for k in range(grid)]
+
+
+def scale_for(x_mean: Tensor, ratio: float) -> Tensor:
+    """The candidate scale: float32, geometric mid-range 1, all ones for ratio 0."""
+    s = x_mean.pow(ratio).clamp(min=FLOOR)
+    return s / (s.max() * s.min()).sqrt()
+
+
+def token_errors(reference: Tensor, output: Tensor, squared: bool) -> Tensor:
+    """(B, T): mean error over channels, in float32."""
+    difference = reference.float() - output.float()
+    return (difference.square() if squared else difference.abs()).mean(-1)
+
+
+def gram(x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted Gram matrix of (B, T, C) inputs: all that a squared error of a linear depends on."""
+    flat = x.flatten(0, -2).float()
+    return (flat * weights.reshape(-1, 1)).T @ flat
+
+
+def gram_loss(gram_matrix: Tensor, difference: Tensor) -> Tensor:
+    """sum over tokens of weight * mean over channels of (x difference^T)^2."""
+    d = difference.float()
+    return ((d @ gram_matrix) * d).sum() / d.shape[0]
+
+
+def gram_is_cheaper(tokens: int, outputs: int, inputs: int, candidates: int) -> bool:
+    """By counting multiplications."""
+    return tokens * inputs + candidates * outputs * inputs < candidates * tokens * outputs
+
+
+Evaluate = Callable[[list[int], bool], list[float]]
+
+
+def _best(losses: dict[int, float]) -> list[int]:
+    return sorted(losses, key=lambda k: (losses[k], k))
+
+
+def exhaustive(evaluate: Evaluate, grid: int) -> tuple[int, dict[int, float]]:
+    """The winner and all losses. `evaluate(candidates, on_part)` gives the losses, on all samples or on a part of them."""
+    losses = dict(enumerate(evaluate(list(range(grid)), False)))
+    return _best(losses)[0], losses
+
+
+def coarse(evaluate: Evaluate, grid: int) -> tuple[int, dict[int, float]]:
+    """The same for less; only the finalists' losses are given."""
+    part: dict[int, float] = {}
+
+    def look(candidates: Iterable[int]) -> None:
+        new = [k for k in candidates if 0 <= k < grid and k not in part]
+        part.update(zip(new, evaluate(new, True), strict=True))
+
+    look(range(0, grid, 2))
+    look(k + d for k in _best(part)[:2] for d in (-1, 1))
+    finalists = sorted({0, *_best(part)[:2]})
+    losses = dict(zip(finalists, evaluate(finalists, False), strict=True))
+    return _best(losses)[0], losses
+
+
+SEARCHES = {"coarse": coarse, "exhaustive": exhaustive}
+
+
+def x_mean(total: Tensor, count: float) -> Tensor:
+    """Mean magnitude per channel from its float64 sum."""
+    return (total / max(count, 1.0)).float()
+
+
+def absolute_sum(x: Tensor, counted: Tensor) -> Tensor:
+    """Sum over counted tokens of |x|, (C,), in float64."""
+    return (x.abs() * counted.unsqueeze(-1)).flatten(0, -2).sum(0, dtype=torch.float64)
