@@ -27,11 +27,20 @@ def grid_of(config: QIGWeightOnlyConfig) -> list[Any]:
     return [repr(config.base_config)] if config.base_config is not None else [config.bits, config.group_size, config.symmetric]
 
 
-def rounder(config: QIGWeightOnlyConfig, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """A function from weights to what their quantized form stands for; `dtype` is that of the model's weights."""
-    if config.base_config is not None:
-        return lambda w: dense(quantized_weight(w.to(dtype), config.base_config)).to(w.dtype)
-    return lambda w: affine.fake_quantize(w, config.bits, config.group_size, config.symmetric, config.official, config.dtype or dtype)
+def rounder(config: QIGWeightOnlyConfig, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A function from a weight and a scale to what the quantized form of weight * scale stands for, divided by scale.
+
+    `dtype` is that of the model's weights.
+    """
+
+    def by_base_config(w: Tensor, scale: Tensor | None = None) -> Tensor:
+        scaled = dense(quantized_weight((w if scale is None else w * scale).to(dtype), config.base_config)).to(w.dtype)
+        return scaled if scale is None else scaled / scale
+
+    def by_grid(w: Tensor, scale: Tensor | None = None) -> Tensor:
+        return affine.fake_quantize(w, config.bits, config.group_size, config.symmetric, config.official, config.dtype or dtype, scale)
+
+    return by_grid if config.base_config is None else by_base_config
 
 
 def dense(weight: Tensor) -> Tensor:
@@ -102,7 +111,7 @@ def changes(model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOn
         weight, bias = scaled_linear(linear, scales.columns.get(name), scales.rows.get(name))
         before = scales.before.get(name)
         if simulate:
-            value = rounder(config, dtype)(weight)
+            value = rounder(config, dtype)(weight, None)
             value = (value if before is None else value * before.to(value)).to(dtype)
         else:
             value = quantize_weight(weight, config, dtype)

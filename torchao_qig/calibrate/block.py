@@ -23,7 +23,10 @@ from torchao_qig.config import QIGWeightOnlyConfig
 
 logger = logging.getLogger(__name__)
 
-Rounder = Callable[[Tensor], Tensor]  # weight -> the weight that its quantized form stands for
+AGREE = 2e-3  # mean difference of token weights, relative to their mean, up to which the coarse Gauss rule will do
+DEAR = 0.25  # share of a block's weights from which on a group's candidates are tried more sparingly
+KEEP = 2**30  # bytes of linears' outputs that are kept instead of computed again
+Rounder = Callable[[Tensor, Tensor | None], Tensor]  # weight, scale -> what the quantized form of their product stands for, over scale
 
 
 @dataclass
@@ -56,8 +59,13 @@ class Work:
 class Block:
     """A block on the compute device, with what it saw."""
 
-    def __init__(self, module: nn.Module, linears: dict[str, Rounder], stream: Stream, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.Module, linears: dict[str, Rounder], stream: Stream, config: QIGWeightOnlyConfig, dtype: torch.dtype, steps: dict[str, int]
+    ) -> None:
         self.stream, self.config, self.rounders, self.dtype = stream, config, linears, dtype
+        self.steps = steps  # by group: how many points its Gauss rule takes; blocks of the same make share it
+        self._starts_at_zero: set[Group] = set()
+        self._outputs_kept = 0
         self.device = stream.device
         self.exact = replica(module, self.device)
         main = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
@@ -75,7 +83,7 @@ class Block:
                 out = self.exact(*call.args, **call.kwargs)
             self._find_new_groups(observed)
             for work in self.works:
-                for seen in observed.seen(work.group.inspected, work.group.linears[0]):
+                for seen in observed.seen(work.group.inspected, work.group.linears):
                     self._take(work, seen, number, piece.tokens, _around(observed, work.group))
             self.stream.advance(piece, out)
 
@@ -94,8 +102,13 @@ class Block:
         total = search.absolute_sum(place.view(seen.x).float(), counted)
         work.total = total if work.total is None else work.total + total
         work.count += float(counted.sum())
+        kept = sum(y.numel() * y.element_size() for y in seen.ys)
         if work.group.alone:
             seen = Seen(seen.x, Call((), {}), seen.x)
+        elif self.dtype != self.main_dtype or self._outputs_kept + kept > KEEP:
+            seen = seen._replace(ys=())
+        else:
+            self._outputs_kept += kept
         work.parts.append(Part(number, self.store.put(seen), place))
 
     def weight(self, name: str) -> Tensor:
@@ -107,7 +120,7 @@ class Block:
     def rounded(self, name: str) -> Tensor:
         """Its plainly rounded weight, in the dtype of the computation."""
         if name not in self._rounded:
-            self._rounded[name] = self.rounders[name](self.weight(name)).to(self.dtype)
+            self._rounded[name] = self.rounders[name](self.weight(name), None).to(self.dtype)
         return self._rounded[name]
 
     def _ready(self, part: Part) -> Seen:
@@ -123,25 +136,58 @@ class Block:
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
+    def share(self, group: Group) -> float:
+        """The part of the block's weights that the group's inspected module uses."""
+        sizes = {n: self.exact.get_submodule(n).weight.numel() for n in self.rounders}
+        return sum(sizes[n] for n in group.inside) / sum(sizes.values())
+
     # Token weights
 
-    def weigh(self, work: Work, masks: dict[int, Tokens], sensitivity_name: str, ratio: float, counts: tuple[float, float]) -> None:
+    def weigh(self, work: Work, weighting: str, ratio: float, counts: tuple[float, float]) -> None:
         """Give every part of a group its token weights."""
-        work.weighting = sensitivity_name
+        work.weighting = weighting
+        points = self._points(work) if weighting == "qig" else None
         for part in work.parts:
-            if sensitivity_name == "qig":
-                raw, part.completeness = self._importance(work.group, part)
-                part.weights = sensitivity.clipped(part.layout.to_grid(raw), part.layout.grid, fallback=not self.config.official)
+            if points is not None:
+                part.weights, part.completeness = self._qig(work.group, part, points)
+            elif weighting == "modality":
+                part.weights = sensitivity.by_modality(
+                    *_known(self.stream.pieces[part.piece].tokens, part.layout.grid), ratio, counts, self.config.loss == "mse"
+                )
             else:
-                answer, vision = _known(masks[part.piece], part.layout.grid)
-                if sensitivity_name == "uniform":
-                    told = answer | vision if self.config.official and masks[part.piece].answer is not None else part.layout.grid
-                    part.weights = sensitivity.uniform(told & part.layout.grid)
-                else:
-                    part.weights = sensitivity.by_modality(answer, vision, ratio, counts, self.config.loss == "mse")
+                part.weights = self._uniform(self.stream.pieces[part.piece].tokens, part.layout.grid)
 
-    def _importance(self, group: Group, part: Part) -> tuple[Tensor, Tensor]:
-        points = sensitivity.rule(self.config.quadrature, self.config.steps)
+    def _uniform(self, tokens: Tokens, grid: Tensor) -> Tensor:
+        """Equal weights. Of the published code, AWQ's count image tokens only, and QIG's first groups image and answer tokens."""
+        if not self.config.official or tokens.vision is None:
+            return sensitivity.uniform(grid)
+        answer, vision = _known(tokens, grid)
+        return vision.float() if self.config.sensitivity == "uniform" else sensitivity.uniform(answer | vision)
+
+    def _points(self, work: Work) -> sensitivity.Rule:
+        """The rule for a group: the coarse Gauss rule where on one sample it gives the same weights as the fine one."""
+        if self.config.quadrature == "riemann":
+            return sensitivity.rule("riemann", self.config.steps or sensitivity.RIEMANN)
+        if self.config.steps is not None or work.group.alone:
+            return sensitivity.rule("gauss", self.config.steps or sensitivity.COARSE)
+        key = " ".join(work.group.linears)
+        if key not in self.steps:
+            self.steps[key] = sensitivity.COARSE if ranks.gathered(self._coarse_will_do(work))[0] else sensitivity.FINE
+        return sensitivity.rule("gauss", self.steps[key])
+
+    def _coarse_will_do(self, work: Work) -> bool:
+        first = _subset(work.parts[0], [0]) if work.parts and self.stream.cuttable else next(iter(work.parts), None)
+        if first is None:
+            return False
+        coarse, fine = (self._qig(work.group, first, sensitivity.rule("gauss", n))[0] for n in (sensitivity.COARSE, sensitivity.FINE))
+        return float((coarse - fine).abs().mean() / fine.mean()) <= AGREE
+
+    def _qig(self, group: Group, part: Part, points: sensitivity.Rule) -> tuple[Tensor, Tensor]:
+        """Token weights and completeness errors."""
+        raw, error = self._importance(group, part, points)
+        return sensitivity.clipped(part.layout.to_grid(raw), part.layout.grid, fallback=not self.config.official), error
+
+    def _importance(self, group: Group, part: Part, points: sensitivity.Rule) -> tuple[Tensor, Tensor]:
         seen, place = self._ready(part), part.layout
         x, counted = place.view(seen.x), place.counted
         if group.alone:
@@ -161,26 +207,36 @@ class Block:
         """f and f_q along the path, as functions of what the group's linears put out."""
         biases = [self._bias(n) for n in group.linears] * 2
         with torch.no_grad():
-            ends = [F.linear(seen.x, self.weight(n).to(self.dtype), self._bias(n)) for n in group.linears]
+            ends = list(seen.ys) or [F.linear(seen.x, self.weight(n).to(self.dtype), self._bias(n)) for n in group.linears]
             ends += [F.linear(seen.x, self.rounded(n), self._bias(n)) for n in group.linears]
-            starts = [torch.zeros_like(e) if b is None else b.expand_as(e) for e, b in zip(ends, biases, strict=True)]
+            starts = [None if b is None else b.expand_as(e) for e, b in zip(ends, biases, strict=True)]
         inner = [n for n in group.inside if n not in group.linears]
 
-        def difference(ys: list[Tensor]) -> Tensor:
-            given = {n: _returning(y) for n, y in zip(group.linears, ys, strict=False)}
-            quantized = {n: _returning(y) for n, y in zip(group.linears, ys[len(given) :], strict=True)}
-            quantized |= {n: _linear(self.rounded(n), self._bias(n)) for n in inner}
-            f = self._inspect(group, seen.call, given, place)
-            return f.float() - self._inspect(group, seen.call, quantized, place).float()
+        def quantized_at(ys: list[Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
+            given = {n: _returning(y) for n, y in zip(group.linears, ys[len(group.linears) :], strict=True)}
+            return given | {n: _linear(self.rounded(n), self._bias(n)) for n in inner}
 
-        return sensitivity.integrate(difference, starts, ends, points, place.counted)
+        def difference(ys: list[Tensor]) -> Tensor:
+            f = self._inspect(group, seen.call, {n: _returning(y) for n, y in zip(group.linears, ys, strict=False)}, place)
+            return f.float() - self._inspect(group, seen.call, quantized_at(ys), place).float()
+
+        start = torch.zeros_like(place.view(seen.out), dtype=torch.float32) if group in self._starts_at_zero else None
+        end = None
+        if self.dtype == self.main_dtype:  # f there has been seen
+            with torch.no_grad():
+                end = place.view(seen.out).float() - self._inspect(group, seen.call, quantized_at(ends), place).float()
+        found = sensitivity.integrate(difference, starts, ends, points, place.counted, start, end)
+        if all(b is None for b in biases) and not bool(found.start.any()):
+            self._starts_at_zero.add(group)
+        return found
 
     # Scales
 
     def search(self, work: Work, x_mean: Tensor, on_part: dict[int, list[int]]) -> tuple[int, dict[int, float]]:
         """The winning candidate of a group and the losses; `on_part`: the samples of each piece that stand for all."""
         squared = self.config.loss == "mse"
-        scales = [search.scale_for(x_mean, r) for r in search.ratios(self.config.grid)]
+        ratios = search.ratios(self.config.grid)
+        scales = [search.scale_for(x_mean, r) for r in ratios]
         weights = {n: self.weight(n) for n in work.group.linears}
         known: dict[tuple[int, bool], float] = {}
         some = {id(part): _subset(part, on_part.get(part.piece, [])) for part in work.parts}
@@ -193,7 +249,7 @@ class Block:
             out[-1] = sum(float(part.weights.sum()) for part in parts if part.weights is not None)
             for i, k in enumerate(candidates):
                 s = scales[k].to(self.device)
-                tried = {n: (self.rounders[n](w * s) / s) for n, w in weights.items()}
+                tried = {n: self.rounders[n](w, s) if ratios[k] else self.rounded(n) for n, w in weights.items()}
                 if grams is not None:
                     name = work.group.linears[0]
                     out[i] = search.gram_loss(grams, weights[name] - tried[name])
@@ -211,7 +267,7 @@ class Block:
             return [known[k, on_some] for k in candidates]
 
         with torch.no_grad():
-            return search.SEARCHES[self.config.search](evaluate, self.config.grid)
+            return search.SEARCHES[self.config.search](evaluate, self.config.grid, 2 if no_less or self.share(work.group) < DEAR else 3)
 
     def _error(self, group: Group, part: Part, weights: dict[str, Tensor], tried: dict[str, Tensor], squared: bool) -> float:
         assert part.weights is not None

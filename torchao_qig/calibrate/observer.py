@@ -21,11 +21,12 @@ class Call(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One call of an inspected module: the input of its group, the call, and the output."""
+    """One call of an inspected module: the input of its group, the call, the output, and what the group's linears put out."""
 
     x: Tensor
     call: Call
     out: Tensor
+    ys: tuple[Tensor, ...] = ()
 
 
 def first_tensor(out: Any) -> Tensor:
@@ -115,10 +116,11 @@ class Observer:
 
         return hook
 
-    def seen(self, inspected: str, linear: str) -> list[Seen]:
-        """The calls of an inspected module, with the input that its group's linears received in each."""
-        calls = self.calls.get(inspected, [])
-        return [Seen(x, call, first_tensor(out).detach()) for x, (call, out) in zip(self.inputs.get(linear, []), calls, strict=True)]
+    def seen(self, inspected: str, linears: tuple[str, ...]) -> list[Seen]:
+        """The calls of an inspected module, with what its group's linears received and put out in each."""
+        calls, inputs = self.calls.get(inspected, []), self.inputs.get(linears[0], [])
+        outputs = zip(*([first_tensor(out) for _, out in self.calls.get(n, [])] for n in linears), strict=True)
+        return [Seen(x, call, first_tensor(out).detach(), ys) for x, (call, out), ys in zip(inputs, calls, outputs, strict=True)]
 
 
 def _prefixes(name: str) -> list[str]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from torchao_qig.calibrate import modality, ranks, resume, search
 from torchao_qig.calibrate.apply import grid_of, rounder
 from torchao_qig.calibrate.batches import Batch, read
-from torchao_qig.calibrate.block import Block, Work
+from torchao_qig.calibrate.block import DEAR, Block, Work
 from torchao_qig.calibrate.fold import Fold, FoldFinder, find_folds
 from torchao_qig.calibrate.groups import Group, join, labels, linears_in
 from torchao_qig.calibrate.observer import first_tensor, replica
@@ -27,7 +27,7 @@ from torchao_qig.config import QIGWeightOnlyConfig
 logger = logging.getLogger(__name__)
 
 Filter = Callable[[nn.Module, str], bool]
-PART = 4  # the coarse search looks at every fourth sample, where there are at least twice as many
+PARTS = {DEAR: 8, 0.05: 2}  # share of the block's weights that an evaluation uses -> the coarse search looks at every 8th, 2nd sample
 
 
 def calibrate(model: nn.Module, loader: Iterable[Any], config: QIGWeightOnlyConfig | None = None, filter_fn: Filter | None = None) -> Calibration:
@@ -64,6 +64,7 @@ class Run:
                 counts[id(p)] = counts.get(id(p), 0) + 1
         self.shared = {i for i, n in counts.items() if n > 1}
         self.searched = 0  # groups so far
+        self.steps: dict[str, int] = {}  # points of the Gauss rule, by group
         self.hints: dict[tuple[Group, ...], dict[Group, Fold | None]] = {}
         self.samples: dict[tuple[int, int], int] = {}
         self.ratios: dict[str, float] = {}
@@ -118,13 +119,16 @@ class Run:
         with bar:
             for index, name in enumerate(chain.names):
                 if index >= done:
+                    began = time.perf_counter()
                     gain = self._run_block(name, plan, stream)
+                    self.found.stats.setdefault("block_seconds", []).append(time.perf_counter() - began)
                     if gain is not None:
                         bar.set_postfix_str(f"loss {gain:+.1%}")
                     bar.update()
                 stream.next_block()
                 if progress is not None and index >= done:
-                    progress.save(index + 1, self._block_result(name), [p.hidden for p in stream.pieces if p.hidden is not None], {"searched": self.searched})
+                    hidden = [p.hidden for p in stream.pieces if p.hidden is not None]
+                    progress.save(index + 1, self._block_result(name), hidden, {"searched": self.searched, "steps": self.steps})
         self._keep_modality(stream)
         self.found.stats["activation_bytes_in_files"] = self.found.stats.get("activation_bytes_in_files", 0) + stream.store.filed
 
@@ -148,9 +152,10 @@ class Run:
         mine = [(p.batch, row) for p in stream.pieces for row in p.rows]
         self.samples = {key: i for i, key in enumerate(sorted(key for keys in ranks.gathered(mine) for key in keys))}
 
-    def _part(self, pieces: list[Piece]) -> dict[int, list[int]]:
-        """Per piece the rows that the coarse search looks at; every row where there are few samples."""
-        step = PART if len(self.samples) >= 2 * PART else 1
+    def _part(self, pieces: list[Piece], share: float) -> dict[int, list[int]]:
+        """Per piece the rows that the coarse search looks at: every row where there are few, or where they are cheap to evaluate."""
+        step = next((n for least, n in PARTS.items() if share > least), 1)
+        step = step if len(self.samples) >= 8 else 1
         part = {i: [r for r, row in enumerate(p.rows) if self.samples[p.batch, row] % step == 0] for i, p in enumerate(pieces)}
         return part if self.cuttable else {i: list(range(len(pieces[i].rows))) if rows else [] for i, rows in part.items()}
 
@@ -186,7 +191,7 @@ class Run:
                 self.found.groups |= part.groups
                 self.found.tokens |= part.tokens
                 self.found.completeness |= part.completeness
-            self.searched = notes["searched"]
+            self.searched, self.steps = notes["searched"], notes["steps"]
             for piece, state in zip((p for p in stream.pieces if p.hidden is not None), states, strict=True):
                 piece.hidden = state
             logger.info("continuing after block %d of %d", done, len(chain.names))
@@ -206,9 +211,8 @@ class Run:
         """Calibrate one block; the relative change of its loss."""
         module = self.model.get_submodule(name)
         mine = {n: self.linears[join(name, n)] for n in linears_in(module) if join(name, n) in plan.linears}
-        block = Block(
-            module, {n: rounder(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()}, stream, self.config, self._compute_dtype(stream.device)
-        )
+        rounders = {n: rounder(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()}
+        block = Block(module, rounders, stream, self.config, self._compute_dtype(stream.device), self.steps)
         sample = _SmallRun(stream) if mine else None
         folds_of = self._folds(block, module, sample, list(mine)) if sample else None
         block.observe()
@@ -217,13 +221,11 @@ class Run:
         groups = [w.group for w in block.works]
         folds = folds_of(groups)
         names = dict(zip(groups, labels(groups, name), strict=True))
-        part = self._part(stream.pieces)
-        masks = {i: p.tokens for i, p in enumerate(stream.pieces)}
         results = []
         for work in block.works:
             if folds[work.group] is None and not self.config.pre_scale:
                 continue  # it stays without a scale
-            results.append(self._run_group(block, work, names[work.group], name, folds[work.group], masks, part))
+            results.append(self._run_group(block, work, names[work.group], name, folds[work.group]))
             work.parts.clear()
         before, after = (sum(losses) for losses in zip(*((r.rounding_loss, r.loss) for r in results), strict=True)) if results else (0.0, 0.0)
         return after / before - 1 if before > 0 else None
@@ -246,15 +248,13 @@ class Run:
 
         return find
 
-    def _run_group(
-        self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None, masks: dict[int, Any], part: dict[int, list[int]]
-    ) -> GroupResult:
+    def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None) -> GroupResult:
         sensitivity = "uniform" if self.searched < self.config.warmup_groups else str(self.config.sensitivity)
         self.searched += 1
-        x_mean = work.x_mean()
-        block.weigh(work, masks, sensitivity, self._ratio(join(block_name, work.group.inspected)), self.counts)
-        winner, losses = block.search(work, x_mean, part)
-        self._keep_tokens(work, label, block.stream.pieces)
+        x_mean, pieces = work.x_mean(), block.stream.pieces
+        block.weigh(work, sensitivity, self._ratio(join(block_name, work.group.inspected)), self.counts)
+        winner, losses = block.search(work, x_mean, self._part(pieces, block.share(work.group)))
+        self._keep_tokens(work, label, pieces)
         ratio = search.ratios(self.config.grid)[winner]
         result = GroupResult(
             label=label, block=block_name, linears=[join(block_name, n) for n in work.group.linears], inspected=join(block_name, work.group.inspected),

@@ -309,7 +309,7 @@ class Stream:
 
     @property
     def tokens_at_once(self) -> int:
-        return 512 if self.device.type == "cpu" else 4096  # what keeps activations in a processor's cache
+        return 256 if self.device.type == "cpu" else 4096  # what keeps activations in a processor's cache
 
     def _can_be_cut(self, number: int, hidden: Tensor | None, size: int) -> bool:
         """Whether the first block treats a sample alone as it treats it in its batch."""

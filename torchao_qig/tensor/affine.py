@@ -94,15 +94,16 @@ def choose_qparams(
     return scale, zero.to(torch.uint8)
 
 
-def _to_grid(v: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The integer grid point nearest to every `v` (..., G, group), as a float."""
-    return torch.div(v, scale.to(v.dtype).unsqueeze(-1)).round_().add_(zero.to(v.dtype).unsqueeze(-1)).clamp_(0, 2**bits - 1)
+def _steps(v: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The grid point nearest to every `v` (..., G, group), as its distance from zero in steps; a float, in new memory."""
+    zero = zero.to(v.dtype).unsqueeze(-1)
+    return torch.div(v, scale.to(v.dtype).unsqueeze(-1)).round_().clamp_(-zero, 2**bits - 1 - zero)
 
 
 def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
     """The code (uint8, 0 .. 2**bits - 1) of the grid point nearest to every weight."""
     v = _grouped(w, group_size).to(_compute_dtype(w.dtype))
-    return _to_grid(v, scale, zero, bits).to(torch.uint8).flatten(-2)
+    return _steps(v, scale, zero, bits).add_(zero.unsqueeze(-1)).to(torch.uint8).flatten(-2)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -112,13 +113,25 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtyp
     return (steps * scale.to(compute).unsqueeze(-1)).flatten(-2).to(dtype or scale.dtype)
 
 
-def fake_quantize(w: Tensor, bits: int, group_size: int, symmetric: bool = False, official: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """`w` as it will come back from the packed tensor with scales in `dtype` (by default w's), in w's own dtype."""
+def fake_quantize(
+    w: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    official: bool = False,
+    dtype: torch.dtype | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """`w` as it will come back from the packed tensor with scales in `dtype` (by default w's), in w's own dtype.
+
+    With `columns` (K,), quantized times these and divided by them again.
+    """
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
+    compute = _compute_dtype(w.dtype)
     rows = max(1, CHUNK // max(1, w.shape[-1]))  # some rows at a time stay in the processor's cache
     for part, dense in zip(w.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True):
-        scale, zero = choose_qparams(part, bits, group_size, symmetric, official, dtype)
-        v = _grouped(part, group_size).to(_compute_dtype(w.dtype))
-        steps = _to_grid(v, scale, zero, bits).sub_(zero.to(v.dtype).unsqueeze(-1))
-        dense.copy_(steps.mul_(scale.to(v.dtype).unsqueeze(-1)).flatten(-2))
+        part = part.to(compute) if columns is None else part.to(compute) * columns
+        scale, zero = choose_qparams(part, bits, group_size, symmetric, official, dtype or w.dtype)
+        values = _steps(_grouped(part, group_size), scale, zero, bits).mul_(scale.to(compute).unsqueeze(-1)).flatten(-2)
+        dense.copy_(values if columns is None else values.div_(columns))
     return out
