@@ -1,7 +1,9 @@
 """The published rules in plain lines, one run of weights at a time: what the vectorised code is compared with."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def runs_of(w: Tensor, size: int) -> list[tuple[int, slice]]:
@@ -28,3 +30,56 @@ def official_symmetric(w: Tensor, bits: int, size: int) -> Tensor:
         step = torch.clamp(v.abs().max(), min=1e-5) / top
         out[row, run] = torch.clamp(torch.round(v / step), -top - 1, top) * step
     return out
+
+
+def path_weights(f: Callable[[Tensor], Tensor], f_q: Callable[[Tensor], Tensor], x: Tensor, points: int = 32) -> Tensor:
+    """Specification 4.2: token weights (B, T) by the published sum of gradients, clipped at the quartiles."""
+    gradient = torch.zeros_like(x)
+    for alpha in torch.linspace(0, 1, points):
+        z = (alpha * x).requires_grad_()
+        (f(z) - f_q(z)).abs().mean(-1).sum().backward()
+        gradient += z.grad / points
+    imp = (x * gradient).abs().mean(-1)
+    imp = imp / imp.sum(1, keepdim=True).clamp(min=1e-8)
+    q1, q3 = torch.quantile(imp, 0.25, dim=1, keepdim=True), torch.quantile(imp, 0.75, dim=1, keepdim=True)
+    w = torch.minimum(torch.maximum(imp, q1 - 1.5 * (q3 - q1)), q3 + 1.5 * (q3 - q1))
+    return w / w.sum(1, keepdim=True).clamp(min=1e-8)
+
+
+def candidate_scales(x: Tensor, grid: int = 20) -> list[Tensor]:
+    """Specification 3."""
+    a = x.abs().flatten(0, 1).mean(0)
+    scales = [(a ** (k / grid)).clamp(min=1e-4) for k in range(grid)]
+    return [s / (s.max() * s.min()).sqrt() for s in scales]
+
+
+class OfficialGroup:
+    """A group of linears of a module, as specification 4 looks at it: everything by calling the module with other weights."""
+
+    def __init__(self, module: nn.Module, layers: list[nn.Linear], x: Tensor, call: Callable[[nn.Module, Tensor], Tensor], bits: int, size: int) -> None:
+        self.module, self.layers, self.x, self.call, self.bits, self.size = module, layers, x, call, bits, size
+
+    def _with(self, weights: dict[nn.Linear, Tensor], z: Tensor) -> Tensor:
+        before = {layer: layer.weight for layer in weights}
+        try:
+            for layer, weight in weights.items():
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+            return self.call(self.module, z)
+        finally:
+            for layer, weight in before.items():
+                layer.weight = weight
+
+    def token_weights(self) -> Tensor:
+        inside = [m for m in self.module.modules() if isinstance(m, nn.Linear)]
+        quantized = {m: official_asymmetric(m.weight.detach(), self.bits, self.size) for m in inside}
+        return path_weights(lambda z: self._with({}, z), lambda z: self._with(quantized, z), self.x)
+
+    def losses(self, token_loss: Callable[[Tensor], Tensor]) -> list[float]:
+        """Of all candidates; `token_loss` makes a number of the difference of outputs (B, T, C)."""
+        with torch.no_grad():
+            reference = self._with({}, self.x)
+            found = []
+            for s in candidate_scales(self.x):
+                weights = {m: official_asymmetric(m.weight.detach() * s, self.bits, self.size) / s for m in self.layers}
+                found.append(float(token_loss(reference - self._with(weights, self.x))))
+        return found

@@ -39,6 +39,31 @@ def qwen2(dtype: torch.dtype = torch.float32, tied: bool = False) -> Built:
     return _build(hf.Qwen2ForCausalLM, hf.Qwen2Config(**TEXT, tie_word_embeddings=tied), dtype), {"input_ids": _ids(0)}
 
 
+def llama(dtype: torch.dtype = torch.float32) -> Built:
+    """A text model whose value and output projections have the same shape."""
+    return _build(hf.LlamaForCausalLM, hf.LlamaConfig(**{**TEXT, "num_key_value_heads": 4}), dtype), {"input_ids": _ids(0)}
+
+
+def qwen3_moe(dtype: torch.dtype = torch.float32) -> Built:
+    """A mixture of experts whose weights are 3-D parameters."""
+    config = hf.Qwen3MoeConfig(**TEXT, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    return _build(hf.Qwen3MoeForCausalLM, config, dtype), {"input_ids": _ids(0)}
+
+
+def gemma3(dtype: torch.dtype = torch.float32) -> Built:
+    """Four norms per block that multiply by 1 + weight, norms of queries and keys, sliding and full attention."""
+    text = hf.Gemma3TextConfig(**TEXT, head_dim=32, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    vision = hf.SiglipVisionConfig(**TOWER, image_size=28, patch_size=7)
+    config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END)
+    model = _build(hf.Gemma3ForConditionalGeneration, config, dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name and "vision" not in name:
+                p.normal_(0, 0.2)  # they start at zero
+    ids = _ids(4)
+    return model, {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28).to(dtype), "token_type_ids": (ids == IMAGE).long()}
+
+
 def llava_onevision(dtype: torch.dtype = torch.float32) -> Built:
     config = hf.LlavaOnevisionConfig(
         vision_config=hf.SiglipVisionConfig(**TOWER, image_size=28, patch_size=14),

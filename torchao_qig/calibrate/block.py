@@ -50,9 +50,9 @@ class Work:
     count: float = 0.0
     weighting: str = "none"
 
-    def x_mean(self) -> Tensor:
-        assert self.total is not None
-        sums = ranks.summed(torch.cat([self.total, self.total.new_tensor([self.count])]))
+    def x_mean(self, channels: int, device: torch.device) -> Tensor:
+        total = torch.zeros(channels, dtype=torch.float64, device=device) if self.total is None else self.total
+        sums = ranks.summed(torch.cat([total, total.new_tensor([self.count])]))
         return search.x_mean(sums[:-1], float(sums[-1]))
 
 
@@ -86,6 +86,8 @@ class Block:
                 for seen in observed.seen(work.group.inspected, work.group.linears):
                     self._take(work, seen, number, piece.tokens, _around(observed, work.group))
             self.stream.advance(piece, out)
+        mine = {work.group: work for work in self.works}  # other ranks may have seen experts that this one has not
+        self.works = [mine.get(group) or Work(group) for group in dict.fromkeys(g for groups in ranks.gathered(list(mine)) for g in groups)]
 
     def _find_new_groups(self, observed: Observer) -> None:
         """Groups of linears that have not run before (experts that no earlier token was sent to)."""
@@ -183,9 +185,17 @@ class Block:
         return float((coarse - fine).abs().mean() / fine.mean()) <= AGREE
 
     def _qig(self, group: Group, part: Part, points: sensitivity.Rule) -> tuple[Tensor, Tensor]:
-        """Token weights and completeness errors."""
+        """Token weights and completeness errors; at half as many samples at once, since graphs are kept."""
+        place, size = part.layout, part.layout.grid.shape[0]
+        at_once = max(1, self.stream.tokens_at_once // 2 // place.grid.shape[1])
+        if size > at_once and self.stream.cuttable and not group.alone and place.rows is None:
+            cuts = [_subset(part, list(range(low, min(low + at_once, size)))) for low in range(0, size, at_once)]
+            found = [self._qig(group, cut, points) for cut in cuts if cut is not None and cut is not part]
+            if found:
+                weights, errors = zip(*found, strict=True)
+                return torch.cat(weights), torch.cat(errors)
         raw, error = self._importance(group, part, points)
-        return sensitivity.clipped(part.layout.to_grid(raw), part.layout.grid, fallback=not self.config.official), error
+        return sensitivity.clipped(place.to_grid(raw), place.grid, fallback=not self.config.official), error
 
     def _importance(self, group: Group, part: Part, points: sensitivity.Rule) -> tuple[Tensor, Tensor]:
         seen, place = self._ready(part), part.layout
@@ -322,13 +332,10 @@ def _subset(part: Part, rows: list[int]) -> Part | None:
     size = part.layout.grid.shape[0]
     if not rows:
         return None
-    if part.layout.rows is not None or len(rows) == size or part.weights is None:
+    if part.layout.rows is not None or len(rows) == size or part.seen.x.dim() == 2:
         return part
     place = Layout(part.layout.grid[rows], (len(rows), part.layout.shape[1]))
-    flat = part.seen.x.dim() == 2
-    if flat:
-        return part
-    return Part(part.piece, Seen(*cut(tuple(part.seen), rows, size)), place, part.weights[rows])
+    return Part(part.piece, Seen(*cut(tuple(part.seen), rows, size)), place, None if part.weights is None else part.weights[rows])
 
 
 __all__ = ["Block", "Part", "Piece", "Rounder", "Work"]

@@ -38,12 +38,12 @@ def norm_parameters(norm: nn.Module, kind: str, scale: Tensor) -> tuple[dict[str
     """The norm's parameters with 1 / scale in them, in their dtype, and the scale that they then really stand for."""
     offset = 1.0 if kind == "offset norm" else 0.0
     weight = norm.weight.detach()
-    assert isinstance(weight, Tensor)
-    scale = scale.to(weight.device)
-    new = {"weight": ((weight.float() + offset) / scale - offset).to(weight.dtype)}
-    if weight.dtype != torch.float32:  # what rounding did to the norm, the linears undo
-        rounded = new["weight"].float() + offset
-        scale = torch.where(rounded != 0, (weight.float() + offset) / rounded, scale)
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    scale, factor = scale.to(weight.device, compute), weight.to(compute) + offset
+    new = {"weight": (factor / scale - offset).to(weight.dtype)}
+    if weight.dtype != compute:  # what rounding did to the norm, the linears undo
+        rounded = new["weight"].to(compute) + offset
+        scale = torch.where(rounded != 0, factor / rounded, scale)
     if isinstance(getattr(norm, "bias", None), Tensor):
         new["bias"] = (norm.bias.detach() / scale).to(weight.dtype)
     return new, scale
@@ -51,8 +51,9 @@ def norm_parameters(norm: nn.Module, kind: str, scale: Tensor) -> tuple[dict[str
 
 def pre_scale(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`act_pre_scale` in `dtype`, and the scale that it then really stands for."""
-    inverse = (1 / scale).to(dtype)
-    return inverse, scale if dtype == torch.float32 else 1 / inverse.float()
+    compute = torch.promote_types(dtype, torch.float32)
+    inverse = (1 / scale.to(compute)).to(dtype)
+    return inverse, scale.to(compute) if dtype == compute else 1 / inverse.to(compute)
 
 
 def scaled_linear(linear: nn.Linear, columns: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -6,6 +6,7 @@ median over the blocks.
 """
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -105,6 +106,6 @@ class ModalityRatios:
                     ratios.setdefault(name, {})[block] = vision / answer
         found: dict[str, float] = {}
         for name, per_block in ratios.items():
-            median = float(torch.tensor(sorted(per_block.values()), dtype=torch.float64).median())
-            found |= {join(block, name): max(value, median) for block, value in per_block.items()}
+            middle = median(per_block.values())
+            found |= {join(block, name): max(value, middle) for block, value in per_block.items()}
         return found

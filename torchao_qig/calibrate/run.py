@@ -63,6 +63,7 @@ class Run:
             for p in (p for p in m._parameters.values() if p is not None):
                 counts[id(p)] = counts.get(id(p), 0) + 1
         self.shared = {i for i, n in counts.items() if n > 1}
+        self.ran: set[str] = set()  # linears that took part
         self.searched = 0  # groups so far
         self.steps: dict[str, int] = {}  # points of the Gauss rule, by group
         self.hints: dict[tuple[Group, ...], dict[Group, Fold | None]] = {}
@@ -77,9 +78,8 @@ class Run:
         chains = self._chains(first)
         plan = choose(self.model, chains, self.linears, self.config)
         logger.info("%s", plan)
-        held = [first, *batches]
-        for chain in plan.chains:
-            self._run_chain(chain, plan, held, last=chain is plan.chains[-1])
+        if self.config.sensitivity is not None:
+            self._run_chains(plan, [first, *batches])
         self.found.grids = {n: grid_of(self.linears[n]) for n in sorted(plan.linears)}
         self._describe()
         return self.found
@@ -100,6 +100,13 @@ class Run:
         except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
             raise ValueError(f"calib: {type(self.model).__name__} cannot run batch {first.number}: {error}. The model is unchanged.") from error
         return chains
+
+    def _run_chains(self, plan: Plan, batches: list[Batch]) -> None:
+        for chain in plan.chains:
+            self._run_chain(chain, plan, batches, last=chain is plan.chains[-1])
+        unseen = sorted(plan.linears - self.ran)
+        if unseen:
+            logger.warning("rounded to nearest, since no token reached them: %s", ", ".join(unseen))
 
     # One chain of blocks
 
@@ -128,7 +135,7 @@ class Run:
                 stream.next_block()
                 if progress is not None and index >= done:
                     hidden = [p.hidden for p in stream.pieces if p.hidden is not None]
-                    progress.save(index + 1, self._block_result(name), hidden, {"searched": self.searched, "steps": self.steps})
+                    progress.save(index + 1, self._block_result(name), hidden, {"searched": self.searched, "steps": self.steps, "ran": sorted(self.ran)})
         self._keep_modality(stream)
         self.found.stats["activation_bytes_in_files"] = self.found.stats.get("activation_bytes_in_files", 0) + stream.store.filed
 
@@ -191,7 +198,7 @@ class Run:
                 self.found.groups |= part.groups
                 self.found.tokens |= part.tokens
                 self.found.completeness |= part.completeness
-            self.searched, self.steps = notes["searched"], notes["steps"]
+            self.searched, self.steps, self.ran = notes["searched"], notes["steps"], set(notes["ran"])
             for piece, state in zip((p for p in stream.pieces if p.hidden is not None), states, strict=True):
                 piece.hidden = state
             logger.info("continuing after block %d of %d", done, len(chain.names))
@@ -216,6 +223,7 @@ class Run:
         sample = _SmallRun(stream) if mine else None
         folds_of = self._folds(block, module, sample, list(mine)) if sample else None
         block.observe()
+        self.ran |= {join(name, n) for w in block.works for n in w.group.linears}
         if folds_of is None:
             return None
         groups = [w.group for w in block.works]
@@ -242,16 +250,15 @@ class Run:
         def find(groups: list[Group]) -> dict[Group, Fold | None]:
             key = tuple(groups)
             folds = find_folds(finder, groups, self.hints.get(key, {}))
-            agreed = {g: fold if ranks.all_agree(fold is not None) else None for g, fold in folds.items()}
-            self.hints[key] = agreed
-            return agreed
+            self.hints[key] = ranks.gathered(folds)[0]  # the first rank has the first sample
+            return self.hints[key]
 
         return find
 
     def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None) -> GroupResult:
         sensitivity = "uniform" if self.searched < self.config.warmup_groups else str(self.config.sensitivity)
         self.searched += 1
-        x_mean, pieces = work.x_mean(), block.stream.pieces
+        x_mean, pieces = work.x_mean(block.weight(work.group.linears[0]).shape[1], block.device), block.stream.pieces
         block.weigh(work, sensitivity, self._ratio(join(block_name, work.group.inspected)), self.counts)
         winner, losses = block.search(work, x_mean, self._part(pieces, block.share(work.group)))
         self._keep_tokens(work, label, pieces)

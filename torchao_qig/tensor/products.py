@@ -49,6 +49,12 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return apply_linear(x, w, bias)
 
 
+@implements(aten._grouped_mm.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """Mixtures of experts: transformers multiplies by all experts at once."""
+    return func(_effective(args[0]), _effective(args[1]), *args[2:], **kwargs)
+
+
 @implements([aten.mm.default, aten.matmul.default, aten.bmm.default])
 @implements_torch_function([torch.matmul, torch.Tensor.matmul])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
