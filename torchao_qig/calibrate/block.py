@@ -250,7 +250,7 @@ class Block:
         weights = {n: self.weight(n) for n in work.group.linears}
         known: dict[tuple[int, bool], float] = {}
         some = {id(part): _subset(part, on_part.get(part.piece, [])) for part in work.parts}
-        no_less = all(s is part for part, s in zip(work.parts, some.values(), strict=True))
+        no_less = ranks.all_agree(all(s is part for part, s in zip(work.parts, some.values(), strict=True)))
         grams = self._grams(work) if squared and work.group.alone else None
 
         def sums(candidates: list[int], parts: list[Part]) -> Tensor:
@@ -294,7 +294,8 @@ class Block:
     def _grams(self, work: Work) -> Tensor | None:
         """The weighted Gram matrix of the group's input where that saves work."""
         rows, columns = self.weight(work.group.linears[0]).shape
-        if not search.gram_is_cheaper(sum(p.seen.x.shape[:-1].numel() for p in work.parts), rows, columns, self.config.grid):
+        tokens = ranks.summed(torch.tensor([sum(p.seen.x.shape[:-1].numel() for p in work.parts)], dtype=torch.float64))
+        if not search.gram_is_cheaper(int(tokens), rows, columns, self.config.grid):
             return None
         total = torch.zeros(columns, columns, device=self.device)
         for part in work.parts:
