@@ -4,7 +4,7 @@ Candidates are the ratios 0, 1/grid, ..., 1 - 1/grid; 0 is plain rounding. The l
 tokens of the error at the inspected module's output. Ties go to the smaller ratio.
 
 `exhaustive` evaluates every candidate on every sample. `coarse` spends less: every second (third) candidate on some of the
-samples, then the neighbours of the best two (of the best), then the best and plain rounding on every sample.
+samples, then neighbours of the best two (of the best) until none is unknown, then the best and plain rounding on every sample.
 """
 
 from collections.abc import Callable, Iterable
@@ -64,12 +64,14 @@ def coarse(evaluate: Evaluate, grid: int, stride: int = 2) -> tuple[int, dict[in
     """The same for less; only the finalists' losses are given. A `stride` of 3 saves more where evaluations are dear."""
     part: dict[int, float] = {}
 
-    def look(candidates: Iterable[int]) -> None:
-        new = [k for k in candidates if 0 <= k < grid and k not in part]
-        part.update(zip(new, evaluate(new, True), strict=True))
+    def look(candidates: Iterable[int]) -> bool:
+        new = sorted({k for k in candidates if 0 <= k < grid and k not in part})
+        part.update(zip(new, evaluate(new, True) if new else [], strict=True))
+        return bool(new)
 
     look(range(0, grid, stride))
-    look(k + d for k in _best(part)[: 2 if stride == 2 else 1] for d in (-1, 1))
+    while look(k + d for k in _best(part)[: 2 if stride == 2 else 1] for d in (-1, 1)):
+        pass
     finalists = sorted({0, _best(part)[0]})
     losses = dict(zip(finalists, evaluate(finalists, False), strict=True))
     return _best(losses)[0], losses

@@ -1,0 +1,462 @@
+"""`quantize_(model, QIGWeightOnlyConfig(...))`: the forms of the call, what it quantizes, what it promises, and its errors."""
+
+import copy
+import dataclasses
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+from transformers import TorchAoConfig
+
+import torchao_qig
+from tests.plain_models import Block, Decoder, tokens
+from tests.tiny_models import VLMS, gemma3, language_model, llama, qwen2, qwen3_moe
+from torchao_qig import Calibration, PackedIntTensor, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
+from torchao_qig.calibrate.apply import changes, commit
+
+QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=32, grid=6, verbose=False)
+FAMILIES = {**VLMS, "gemma3": gemma3, "llama": llama, "qwen3_moe": qwen3_moe, "qwen2": qwen2}
+
+
+def plain(kv_heads: int = 2) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    return Decoder(partial(Block, kv_heads=kv_heads)), {"input_ids": tokens()}
+
+
+def packed(model: nn.Module) -> dict[str, PackedIntTensor]:
+    return {n.removesuffix(".weight"): p for n, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        out = model(**inputs)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def assert_whole(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], v) and type(after[k]) is type(v) for k, v in before.items())
+
+
+# Every architecture
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_call(family: str, tmp_path: Path) -> None:
+    """One call: below plain rounding in every group, logits as the search predicted, one compiled graph, saved and loaded."""
+    model, inputs = FAMILIES[family]()
+    found = torchao_qig.calibrate(model, [inputs], QUICK())
+    assert all(g.loss <= g.rounding_loss for g in found.groups.values())
+    assert sum(g.loss for g in found.groups.values()) < 0.99 * sum(g.rounding_loss for g in found.groups.values())
+    simulated = copy.deepcopy(model)
+    commit(changes(simulated, found, dict.fromkeys(found.grids, QUICK()), simulate=True))
+
+    quantize_(model, QUICK(calib=[inputs]))
+    assert packed(model).keys() == found.grids.keys()
+    logits = run(model, inputs)
+    torch.testing.assert_close(logits, run(simulated, inputs), rtol=1e-4, atol=1e-4)
+
+    torchao_qig.save_pretrained(model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(run(loaded, inputs), logits)
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_type"]["default"]
+    assert described["_type"] == "QIGWeightOnlyConfig"
+    assert "calib" not in described["_data"]
+    assert described["_data"]["pre_scaled"] == any(w.act_pre_scale is not None for w in packed(model).values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_traces(family: str) -> None:
+    """The whole model goes through torch.compile's tracing and gives the same."""
+    model, inputs = FAMILIES[family]()
+    quantize_(model, QUICK(calib=[inputs]))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles() -> None:
+    """Into kernels: one graph for the mlp, scales folded; and the whole decoder layer with its pre-scaled o_proj."""
+    model, inputs = VLMS["llava_onevision"]()
+    quantize_(model, QUICK(calib=[inputs]))
+    layer = language_model(model).layers[1]
+    assert layer.self_attn.o_proj.weight.act_pre_scale is not None
+    x = torch.randn(3, 5, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer.mlp, fullgraph=True)(x), layer.mlp(x), rtol=1e-4, atol=1e-4)
+        positions = language_model(model).rotary_emb(x, torch.arange(5)[None])
+        expected = layer(x, position_embeddings=positions)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x, position_embeddings=positions), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models(dtype: torch.dtype) -> None:
+    """Packed equals simulated to the dtype's rounding; scales carry what rounding did to norms and pre-scales."""
+    model, inputs = VLMS["qwen2_vl"](dtype)
+    found = torchao_qig.calibrate(model, [inputs], QUICK())
+    simulated = copy.deepcopy(model)
+    commit(changes(simulated, found, dict.fromkeys(found.grids, QUICK()), simulate=True))
+    quantize_(model, QUICK(calib=found))
+    ours, theirs = run(model, inputs).float(), run(simulated, inputs).float()
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+    assert all(w.dtype == dtype for w in packed(model).values())
+
+
+# The forms of the call
+
+
+def test_every_form_gives_the_same(tmp_path: Path) -> None:
+    """One call; calibrate and apply; saved, loaded and applied; prepare, run and convert."""
+    model, inputs = plain()
+    batches = [inputs, {"input_ids": tokens(2, 7, 5)}]
+    models = [copy.deepcopy(model) for _ in range(5)]
+    quantize_(models[0], QUICK(calib=batches))
+    found = torchao_qig.calibrate(models[1], batches, QUICK())
+    quantize_(models[1], QUICK(calib=found))
+    found.save(tmp_path)
+    quantize_(models[2], QUICK(calib=Calibration.load(tmp_path)))
+    quantize_(models[3], QUICK(step="prepare"))
+    for batch in batches:
+        models[3](**batch)
+    quantize_(models[3], QUICK(step="convert"))
+    quantize_(models[4], FqnToConfig({r"re:blocks\..*": QUICK(calib=batches)}), filter_fn=None)
+    expected = run(models[0], inputs)
+    assert not torch.equal(expected, run(model, inputs))
+    for other in models[1:]:
+        assert torch.equal(run(other, inputs), expected)
+        assert not any(m._forward_pre_hooks for m in other.modules())
+
+
+def test_generator_is_read_once_and_configs_copy() -> None:
+    model, inputs = plain()
+    reads = []
+
+    def loader() -> Any:
+        reads.append(1)
+        yield inputs
+
+    config = QUICK(calib=loader())
+    again = copy.deepcopy(config)
+    assert again.calib is config.calib
+    assert dataclasses.replace(config, bits=4).calib is config.calib
+    assert pickle.loads(pickle.dumps(config)).calib is None
+    assert config_from_dict(config_to_dict(config)) == dataclasses.replace(config, calib=None, verbose=True)
+    quantize_(model, config)
+    assert len(reads) == 1
+    assert TorchAoConfig(config).to_dict()
+
+
+def test_prepare_records_generation() -> None:
+    """Steps that a cache serves are not recorded; the recorder can be used under inference_mode."""
+    model, inputs = qwen2()
+    quantize_(model, QUICK(step="prepare"))
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with torch.inference_mode():
+        model(**inputs)
+    recorder = model._qig_recorder
+    assert len(recorder.calls) == 2
+    quantize_(model, QUICK(step="convert"))
+    assert len(packed(model)) == 14
+    assert not hasattr(model, "_qig_recorder")
+
+
+def test_part_of_a_model() -> None:
+    """A language model is quantized with the batches of the whole; without model= that is an error, not a silent loss of images."""
+    whole, inputs = VLMS["llava_onevision"]()
+    expected = copy.deepcopy(whole)
+    quantize_(expected, QUICK(calib=[inputs]))
+    before = copy.deepcopy(whole.state_dict())
+    with pytest.raises(ValueError, match=r"pixel_values.*model="):
+        quantize_(language_model(whole), QUICK(calib=[inputs]))
+    assert_whole(whole, before)
+    quantize_(language_model(whole), QUICK(calib=[inputs], model=whole))
+    assert torch.equal(run(whole, inputs), run(expected, inputs))
+
+
+def test_mixed_bits_and_layers_left_out() -> None:
+    model, inputs = plain()
+    loader = [inputs]
+    config = FqnToConfig(
+        {
+            r"re:blocks\.0\.attention\.[qkv]": QUICK(bits=6, calib=loader),
+            r"re:blocks\.1\.mlp\..*": QUICK(bits=2, group_size=16, calib=loader),
+            "blocks.1.mlp.down": None,
+        }
+    )
+    quantize_(model, config, filter_fn=None)
+    assert {n: (w.bits, w.group_size) for n, w in packed(model).items()} == {
+        **{f"blocks.0.attention.{x}": (6, 32) for x in "qkv"}, "blocks.1.mlp.gate": (2, 16), "blocks.1.mlp.up": (2, 16),
+    }  # fmt: skip
+
+
+def test_filter() -> None:
+    model, inputs = plain()
+    quantize_(model, QUICK(calib=[inputs]), filter_fn=lambda m, name: isinstance(m, nn.Linear) and "mlp" in name)
+    assert len(packed(model)) == 6
+    assert all("mlp" in n for n in packed(model))
+
+
+def test_calibration_applied_to_some_of_its_linears() -> None:
+    """A group of which only a part is wanted keeps its scale to itself: the norm still feeds the others."""
+    model, inputs = plain()
+    found = torchao_qig.calibrate(model, [inputs], QUICK())
+    norm = model.blocks[0].norm1.weight.clone()
+    quantize_(model, QUICK(calib=found), filter_fn=lambda m, name: name == "blocks.0.attention.q")
+    assert torch.equal(model.blocks[0].norm1.weight, norm)
+    assert packed(model).keys() == {"blocks.0.attention.q"}
+    assert packed(model)["blocks.0.attention.q"].act_pre_scale is not None
+
+
+def test_modules_names_more() -> None:
+    """The vision tower and the head on request; the decoder only where it is named, too."""
+    model, inputs = VLMS["qwen2_vl"]()
+    quantize_(model, QUICK(calib=[inputs], modules=["visual.blocks", "lm_head", "layers.0"]))
+    names = packed(model).keys()
+    assert "lm_head" in names
+    assert any(n.startswith("model.visual.blocks.1") for n in names)
+    assert {n.split(".")[3] for n in names if "language_model" in n} == {"0"}
+    assert torch.isfinite(run(model, inputs)).all()
+    with pytest.raises(ValueError, match=r"modules=.*no module 'nothing'"):
+        torchao_qig.calibrate(*_with([inputs], VLMS["qwen2_vl"]()[0]), QUICK(modules=["nothing"]))
+
+
+def _with(loader: Any, model: nn.Module) -> tuple[nn.Module, Any]:
+    return model, loader
+
+
+def test_tied_head_stays() -> None:
+    model, inputs = qwen2(tied=True)
+    quantize_(model, QUICK(calib=[inputs]))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head" not in packed(model)
+
+
+def test_shared_linear() -> None:
+    """Linears of two groups with one parameter: each gets a weight of its own, and the function is kept."""
+    model, inputs = plain()
+    model.blocks[1].mlp.gate.weight = model.blocks[0].mlp.gate.weight
+    found = torchao_qig.calibrate(model, [inputs], QUICK(bits=8))
+    expected = run(model, inputs)
+    quantize_(model, QUICK(bits=8, calib=found))
+    assert (run(model, inputs) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_no_search_is_plain_rounding() -> None:
+    """sensitivity=None with data: the decoder's linears, rounded to nearest. Without data: what the filter matches, with a warning."""
+    model, inputs = plain()
+    expected = copy.deepcopy(model)
+    quantize_(expected, PackedIntWeightOnlyConfig(bits=3, group_size=32), filter_fn=lambda m, name: name.startswith("blocks") and isinstance(m, nn.Linear))
+    rounded = copy.deepcopy(model)
+    quantize_(rounded, QUICK(sensitivity=None, calib=[inputs]))
+    assert torch.equal(run(rounded, inputs), run(expected, inputs))
+    with pytest.warns(UserWarning, match="calib=None"):
+        quantize_(model, QUICK())
+    assert len(packed(model)) == 15
+    for linear in packed(model).values():
+        assert linear.act_pre_scale is None
+
+
+def test_without_data_the_right_shapes() -> None:
+    """What loaders make and then fill: with act_pre_scale if the saved config says so."""
+    skeleton = nn.Sequential(nn.Linear(64, 48))
+    quantize_(skeleton, QUICK(pre_scaled=True))
+    weight = skeleton[0].weight
+    assert weight.act_pre_scale.shape == (64,)
+    model, inputs = plain()
+    quantize_(model, QUICK(calib=[inputs], fold=False))
+    source = model.blocks[0].mlp.down.weight
+    skeleton = nn.Sequential(nn.Linear(64, 32))
+    quantize_(skeleton, QUICK(pre_scaled=True))
+    skeleton[0].weight.data.copy_(source.data)
+    assert torch.equal(skeleton[0].weight.dequantize(), source.dequantize())
+
+
+@pytest.mark.parametrize("base", [PackedIntWeightOnlyConfig(bits=2, group_size=16), Int8WeightOnlyConfig(version=2)])
+def test_base_config(base: Any) -> None:
+    """Any torchao format whose weight takes a pre-scale; searched with that format's own rounding."""
+    model, inputs = plain()
+    plainly = copy.deepcopy(model)
+    expected = run(model, inputs)
+    found = torchao_qig.calibrate(model, [inputs], QUICK(base_config=base))
+    assert all(g.loss <= g.rounding_loss for g in found.groups.values())
+    quantize_(model, QUICK(base_config=base, calib=found))
+    quantize_(plainly, base, filter_fn=lambda m, name: name in found.grids)
+    assert type(model.blocks[0].mlp.up.weight) is type(plainly.blocks[0].mlp.up.weight)
+    assert (run(model, inputs) - expected).abs().mean() < 1.05 * (run(plainly, inputs) - expected).abs().mean()
+
+
+def test_quantized_model_is_left_alone() -> None:
+    model, inputs = plain()
+    quantize_(model, QUICK(calib=[inputs]))
+    before = run(model, inputs)
+    with pytest.raises(ValueError, match="already quantized"):
+        quantize_(model, QUICK(calib=[inputs]))
+    assert torch.equal(run(model, inputs), before)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 0}, "bits=0"), ({"group_size": 12}, "group_size=12"), ({"sensitivity": "attention"}, "sensitivity='attention'"),
+        ({"loss": "mape"}, "loss='mape'"), ({"grid": 0}, "grid=0"), ({"steps": -1}, "steps=-1"), ({"quadrature": "simpson"}, "quadrature='simpson'"),
+        ({"search": "fast"}, "search='fast'"), ({"step": "go"}, "step='go'"), ({"modules": "visual"}, "modules='visual'"),
+        ({"base_config": 4}, "base_config=4"), ({"fold": False, "pre_scale": False}, "nowhere to put a scale"), ({"micro_batch": 0}, "micro_batch=0"),
+        ({"warmup_groups": None}, "warmup_groups=None"), ({"compute_dtype": torch.int8}, "compute_dtype=torch.int8"),
+        ({"step": "prepare", "calib": []}, "step='prepare'"),
+    ],
+)  # fmt: skip
+def test_bad_settings(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QIGWeightOnlyConfig(**arguments)
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("at", [1, 3])
+def test_failing_call_leaves_the_model_whole(error: type[BaseException], at: int) -> None:
+    """Whatever happens in the middle of the calibration, and a second try then works."""
+    model, inputs = plain()
+    before, tried = copy.deepcopy(model.state_dict()), []
+
+    def loader() -> Any:
+        for number in range(4):
+            tried.append(number)
+            if number == at:
+                raise error("stop")
+            yield inputs
+
+    with pytest.raises(error):
+        quantize_(model, QUICK(calib=loader()))
+    assert_whole(model, before)
+    quantize_(model, QUICK(calib=[inputs]))
+    assert len(packed(model)) == 14
+
+
+def test_failure_while_packing_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = plain()
+    before, made = copy.deepcopy(model.state_dict()), []
+    original = PackedIntTensor.from_codes.__func__
+
+    def failing(cls: Any, *args: Any) -> Any:
+        made.append(1)
+        if len(made) == 5:
+            raise MemoryError
+        return original(cls, *args)
+
+    monkeypatch.setattr(PackedIntTensor, "from_codes", classmethod(failing))
+    with pytest.raises(MemoryError):
+        quantize_(model, QUICK(calib=[inputs]))
+    assert_whole(model, before)
+
+
+def _nan(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.blocks[1].mlp.up.weight[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, i: quantize_(m, QUICK(step="convert")), RuntimeError, "nothing was recorded"),
+        (lambda m, i: quantize_(m, QUICK(calib=[i]), filter_fn=lambda m, n: False), ValueError, "nothing to quantize"),
+        (lambda m, i: quantize_(m, QUICK(calib=[i]), filter_fn=lambda m, n: n == "head"), ValueError, "modules="),
+        (lambda m, i: quantize_(m, QUICK(calib=[i], group_size=48)), ValueError, "group_size=48 does not divide"),
+        (lambda m, i: quantize_(m, QUICK(calib=[i], model=nn.Linear(2, 2))), ValueError, "does not contain the modules"),
+        (lambda m, i: quantize_(m, QUICK(calib=torchao_qig.calibrate(m, [i], QUICK(bits=4)))), ValueError, "calibrated for"),
+        (lambda m, i: quantize_(m, QUICK(calib=Calibration())), ValueError, "covers none"),
+        (lambda m, i: quantize_(m, QUICK(calib=i)), TypeError, "one batch goes into a list"),
+        (lambda m, i: (_nan(m), quantize_(m, QUICK(calib=[i]))), ValueError, r"blocks\.1\.mlp\.up: the weight contains NaN"),
+    ],
+)
+def test_bad_calls(call: Callable[[nn.Module, Any], Any], error: type[Exception], message: str) -> None:
+    model, inputs = plain()
+    if "NaN" in message:
+        _nan(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        call(model, inputs)
+    after = model.state_dict()
+    assert all(torch.equal(after[k].nan_to_num(), v.nan_to_num()) for k, v in before.items())
+
+
+def test_calibration_of_another_model() -> None:
+    model, inputs = plain()
+    found = torchao_qig.calibrate(model, [inputs], QUICK())
+    wider = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"attention": nn.ModuleDict({x: nn.Linear(64, 32) for x in "qkv"})})])})
+    with pytest.raises(ValueError, match="another model"):
+        quantize_(wider, QUICK(calib=found))
+    assert not packed(wider)
+
+
+def test_handler_called_directly() -> None:
+    from torchao_qig.workflow import qig_weight_only
+
+    with pytest.raises(RuntimeError, match=r"torchao_qig\.calibrate"):
+        qig_weight_only(nn.Linear(32, 32), QUICK(calib=[torch.ones(1, 32)]))
+
+
+def test_progress_is_silent_on_request(capfd: pytest.CaptureFixture[str]) -> None:
+    model, inputs = plain()
+    torchao_qig.calibrate(model, [inputs], QUICK())
+    assert capfd.readouterr() == ("", "")
+    torchao_qig.calibrate(model, [inputs], dataclasses.replace(QUICK(), verbose=True))
+    shown = capfd.readouterr().err
+    assert "2/2" in shown
+    assert "loss -" in shown
+
+
+def test_summary_and_device() -> None:
+    model, inputs = plain()
+    found = torchao_qig.calibrate(model, [inputs], QUICK(device="cpu"))
+    lines = found.summary().splitlines()
+    assert len(lines) == 1 + len(found.groups)
+    assert found.stats["samples"] == 4
+    assert found.stats["tokens"] == 40
+    assert found.stats["peak_host_bytes"] > 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+def test_blocks_on_an_accelerator() -> None:
+    """The model stays on the CPU; blocks visit the device."""
+    model, inputs = plain()
+    device = torch.accelerator.current_accelerator()
+    found = torchao_qig.calibrate(model, [inputs], QUICK(device=device, compute_dtype=torch.float32))
+    here = torchao_qig.calibrate(model, [inputs], QUICK(compute_dtype=torch.float32))
+    for label in here.groups:
+        assert found.groups[label].loss == pytest.approx(here.groups[label].loss, rel=1e-2)
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    assert found.stats["peak_device_bytes"] > 0
+
+
+def test_spread_by_accelerate() -> None:
+    """Hooks of accelerate's device map do not disturb, nor get lost."""
+    from accelerate import dispatch_model
+
+    model, inputs = qwen2()
+    expected = torchao_qig.calibrate(model, [inputs], QUICK())
+    names = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dispatch_model(model, names, force_hooks=True)
+    found = torchao_qig.calibrate(model, [inputs], QUICK())
+    for label, group in expected.groups.items():
+        assert torch.equal(found.groups[label].scale, group.scale)
+    quantize_(model, QUICK(calib=found))
+    assert hasattr(model.model.layers[0], "_hf_hook")
+    assert torch.isfinite(run(model, inputs)).all()
