@@ -410,12 +410,20 @@ def test_handler_called_directly() -> None:
         qig_weight_only(nn.Linear(32, 32), QUICK(calib=[torch.ones(1, 32)]))
 
 
+def test_plan_names_experts(capfd: pytest.CaptureFixture[str]) -> None:
+    model, inputs = qwen3_moe()
+    torchao_qig.calibrate(model, [inputs], dataclasses.replace(QUICK(), verbose=True))
+    assert "3-D parameters (FqnToConfig with PackedIntWeightOnlyConfig rounds them): model.layers.0.mlp.experts.gate_up_proj" in capfd.readouterr().err
+
+
 def test_progress_is_silent_on_request(capfd: pytest.CaptureFixture[str]) -> None:
     model, inputs = plain()
     torchao_qig.calibrate(model, [inputs], QUICK())
     assert capfd.readouterr() == ("", "")
     torchao_qig.calibrate(model, [inputs], dataclasses.replace(QUICK(), verbose=True))
     shown = capfd.readouterr().err
+    assert "14 linears in blocks.0 .. blocks.1" in shown
+    assert "outside the decoder's blocks (name them in modules=): head" in shown
     assert "2/2" in shown
     assert "loss -" in shown
 

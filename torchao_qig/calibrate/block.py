@@ -24,7 +24,7 @@ from torchao_qig.config import QIGWeightOnlyConfig
 logger = logging.getLogger(__name__)
 
 AGREE = 2e-3  # mean difference of token weights, relative to their mean, up to which the coarse Gauss rule will do
-DEAR = 0.25  # share of a block's weights from which on a group's candidates are tried more sparingly
+DEAR, CHEAP = 0.25, 0.03  # shares of a block's weights: the more of them a group's candidates take, the more sparingly they are tried
 KEEP = 2**30  # bytes of linears' outputs that are kept instead of computed again
 Rounder = Callable[[Tensor, Tensor | None], Tensor]  # weight, scale -> what the quantized form of their product stands for, over scale
 
@@ -67,10 +67,11 @@ class Block:
         self._starts_at_zero: set[Group] = set()
         self._outputs_kept = 0
         self.device = stream.device
-        self.exact = replica(module, self.device)
         main = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
-        self.quick = self.exact if main == dtype else replica(module, self.device, dtype)
-        self.main_dtype = main
+        self.model_dtype, wider = main, torch.promote_types(main, dtype) == dtype
+        self.main_dtype = dtype if wider else main  # what the samples run in: the wider of the model's and the computation's
+        self.exact = replica(module, self.device, self.main_dtype)
+        self.quick = self.exact if wider else replica(module, self.device, dtype)
         self.works: list[Work] = []
         self.store = Store(stream.store.limit)
         self._rounded: dict[str, Tensor] = {}
@@ -78,7 +79,7 @@ class Block:
     def observe(self) -> None:
         """Run all pieces through the block, keep what its groups saw, and move the stream on."""
         for number, piece in enumerate(self.stream.pieces):
-            call = self.stream.call(piece)
+            call = cast(self.stream.call(piece), self.device, self.main_dtype, self.model_dtype)
             with torch.no_grad(), Observer(self.exact, list(self.rounders)) as observed:
                 out = self.exact(*call.args, **call.kwargs)
             self._find_new_groups(observed)
@@ -185,9 +186,9 @@ class Block:
         return float((coarse - fine).abs().mean() / fine.mean()) <= AGREE
 
     def _qig(self, group: Group, part: Part, points: sensitivity.Rule) -> tuple[Tensor, Tensor]:
-        """Token weights and completeness errors; at half as many samples at once, since graphs are kept."""
+        """Token weights and completeness errors; at a quarter of the samples at once, since graphs are kept."""
         place, size = part.layout, part.layout.grid.shape[0]
-        at_once = max(1, self.stream.tokens_at_once // 2 // place.grid.shape[1])
+        at_once = max(1, self.stream.tokens_at_once // 4 // place.grid.shape[1])
         if size > at_once and self.stream.cuttable and not group.alone and place.rows is None:
             cuts = [_subset(part, list(range(low, min(low + at_once, size)))) for low in range(0, size, at_once)]
             found = [self._qig(group, cut, points) for cut in cuts if cut is not None and cut is not part]
@@ -277,7 +278,7 @@ class Block:
             return [known[k, on_some] for k in candidates]
 
         with torch.no_grad():
-            return search.SEARCHES[self.config.search](evaluate, self.config.grid, 2 if no_less or self.share(work.group) < DEAR else 3)
+            return search.SEARCHES[self.config.search](evaluate, self.config.grid, 2 if no_less or self.share(work.group) < CHEAP else 3)
 
     def _error(self, group: Group, part: Part, weights: dict[str, Tensor], tried: dict[str, Tensor], squared: bool) -> float:
         assert part.weights is not None

@@ -24,7 +24,11 @@ class Plan:
     def __str__(self) -> str:
         blocks = ", ".join(f"{c.names[0]} .. {c.names[-1]}" if len(c.names) > 1 else c.names[0] or "the whole model" for c in self.chains)
         lines = [f"{len(self.linears)} linears in {blocks}: {self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB"]
-        return "\n".join(lines + [f"left as they are, {why}: {', '.join(names)}" for why, names in self.left.items()])
+        return "\n".join(lines + [f"left as they are, {why}: {_few(names)}" for why, names in self.left.items()])
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _matching(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -54,6 +58,11 @@ def _chains_for(model: nn.Module, chains: list[Chain], wanted: list[str], linear
         if all(u.names != [unit] for u in units):
             units.append(Chain([unit]))
     return units
+
+
+def _is_stack(module: nn.Module, p: Tensor | None) -> bool:
+    """Whether this is the weights of many experts in one parameter."""
+    return p is not None and p.dim() == 3 and type(p) is nn.Parameter and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _reason(model: nn.Module, linear: nn.Linear, config: QIGWeightOnlyConfig, shared: set[int]) -> str | None:
@@ -91,6 +100,9 @@ def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOn
             plan.bytes_after += size * linears[name].bits / 8 + linear.weight.shape[0] * max(groups, 1) * (linear.weight.element_size() + 1)
         else:
             plan.left.setdefault(why, []).append(name)
+    stacks = [f"{m}.{n}" for m, module in model.named_modules() for n, p in module._parameters.items() if _is_stack(module, p) and _is_inside(m, wanted)]
+    if stacks:
+        plan.left["3-D parameters (FqnToConfig with PackedIntWeightOnlyConfig rounds them)"] = stacks
     if not plan.linears:
         reasons = "; ".join(f"{why}: {', '.join(names)}" for why, names in plan.left.items()) or "no linear was chosen"
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {reasons}. The model is unchanged.")

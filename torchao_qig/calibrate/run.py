@@ -2,8 +2,10 @@
 
 import logging
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tqdm import tqdm
 from torchao_qig.calibrate import modality, ranks, resume, search
 from torchao_qig.calibrate.apply import grid_of, rounder
 from torchao_qig.calibrate.batches import Batch, read
-from torchao_qig.calibrate.block import DEAR, Block, Work
+from torchao_qig.calibrate.block import CHEAP, DEAR, Block, Work
 from torchao_qig.calibrate.fold import Fold, FoldFinder, find_folds
 from torchao_qig.calibrate.groups import Group, join, labels, linears_in
 from torchao_qig.calibrate.observer import first_tensor, replica
@@ -27,7 +29,7 @@ from torchao_qig.config import QIGWeightOnlyConfig
 logger = logging.getLogger(__name__)
 
 Filter = Callable[[nn.Module, str], bool]
-PARTS = {DEAR: 8, 0.05: 2}  # share of the block's weights that an evaluation uses -> the coarse search looks at every 8th, 2nd sample
+PARTS = {DEAR: 8, CHEAP: 2}  # share of the block's weights that an evaluation uses -> the coarse search looks at every 8th, 2nd sample
 
 
 def calibrate(model: nn.Module, loader: Iterable[Any], config: QIGWeightOnlyConfig | None = None, filter_fn: Filter | None = None) -> Calibration:
@@ -49,6 +51,17 @@ def calibrate_linears(model: nn.Module, loader: Iterable[Any], config: QIGWeight
     """The same for these linears, each with the grid of its own config."""
     with quiet(model):
         return Run(model, config, linears).run(loader)
+
+
+@contextmanager
+def _naming(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """An error of the model's forward says which batch it was. (Out of memory stays what it is.)"""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise ValueError(f"calib: {type(model).__name__} cannot run batch {batch.number}: {error}. The model is unchanged.") from error
 
 
 class Run:
@@ -75,9 +88,12 @@ class Run:
     def run(self, loader: Iterable[Any]) -> Calibration:
         batches = self._mine(loader)
         first = next(batches)
-        chains = self._chains(first)
+        with _naming(self.model, first):
+            chains = find_chains(self.model, first)
         plan = choose(self.model, chains, self.linears, self.config)
         logger.info("%s", plan)
+        if self.config.verbose and ranks.rank() == 0:
+            tqdm.write(str(plan), file=sys.stderr)
         if self.config.sensitivity is not None:
             self._run_chains(plan, [first, *batches])
         self.found.grids = {n: grid_of(self.linears[n]) for n in sorted(plan.linears)}
@@ -94,13 +110,6 @@ class Run:
             raise ValueError(f"calib: fewer batches than ranks ({ranks.world()}); make the batches smaller")
         return iter(mine)
 
-    def _chains(self, first: Batch) -> list[Chain]:
-        try:
-            chains = find_chains(self.model, first)
-        except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            raise ValueError(f"calib: {type(self.model).__name__} cannot run batch {first.number}: {error}. The model is unchanged.") from error
-        return chains
-
     def _run_chains(self, plan: Plan, batches: list[Batch]) -> None:
         for chain in plan.chains:
             self._run_chain(chain, plan, batches, last=chain is plan.chains[-1])
@@ -114,7 +123,8 @@ class Run:
         device = self._device(chain)
         stream = Stream(self.model, chain, device, Store(self.config.max_host_memory))
         for batch in batches:
-            stream.add(batch, self.config.micro_batch)
+            with _naming(self.model, batch):
+                stream.add(batch, self.config.micro_batch)
         self._number_samples(stream)
         self.cuttable = stream.cuttable
         if self.config.sensitivity == "modality":

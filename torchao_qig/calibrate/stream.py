@@ -310,7 +310,7 @@ class Stream:
 
     @property
     def tokens_at_once(self) -> int:
-        return 512 if self.device.type == "cpu" else 8192  # enough for matrix products to be fast
+        return 1024 if self.device.type == "cpu" else 8192  # enough for matrix products to be fast
 
     def _can_be_cut(self, number: int, hidden: Tensor | None, size: int) -> bool:
         """Whether the first block treats a sample alone as it treats it in its batch."""
@@ -342,7 +342,7 @@ class Stream:
         """Keep what block `at` returned as the piece's next hidden state."""
         if self.chain.whole_model or self.at + 1 == len(self.chain.names):
             return
-        hidden = first_tensor(out)
+        hidden = first_tensor(out).to(piece.hidden.dtype)
         added = self._added.get((self.at + 1, piece.batch))
         if added is not None:
             hidden = hidden + cut(added, piece.rows, piece.size).to(hidden)

@@ -78,7 +78,7 @@ def choose_qparams(
         low = torch.zeros_like(span)
     else:
         levels = 2**bits - 1
-        low, high = torch.aminmax(v, dim=-1)
+        low, high = v.amin(-1), v.amax(-1)  # aminmax is not vectorised on the CPU
         if not official:
             low, high = low.clamp(max=0), high.clamp(min=0)
         span = high - low
@@ -97,7 +97,7 @@ def choose_qparams(
 def _steps(v: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The grid point nearest to every `v` (..., G, group), as its distance from zero in steps; a float, in new memory."""
     zero = zero.to(v.dtype).unsqueeze(-1)
-    return torch.div(v, scale.to(v.dtype).unsqueeze(-1)).round_().clamp_(-zero, 2**bits - 1 - zero)
+    return torch.div(v, scale.to(v.dtype).unsqueeze(-1)).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero)
 
 
 def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
@@ -133,5 +133,8 @@ def fake_quantize(
         part = part.to(compute) if columns is None else part.to(compute) * columns
         scale, zero = choose_qparams(part, bits, group_size, symmetric, official, dtype or w.dtype)
         values = _steps(_grouped(part, group_size), scale, zero, bits).mul_(scale.to(compute).unsqueeze(-1)).flatten(-2)
-        dense.copy_(values if columns is None else values.div_(columns))
+        if columns is None:
+            dense.copy_(values)
+        else:
+            torch.div(values, columns, out=dense) if dense.dtype == compute else dense.copy_(values.div_(columns))
     return out

@@ -1,0 +1,124 @@
+"""Seconds of calibration per block, also in units of one float32 forward of that block over the same samples.
+
+A Qwen2 of a few blocks with heavy-tailed random weights (hidden 896, mlp 4864, 14 heads, 2 of keys and values), 8 samples of 256 tokens.
+Every row runs in a process of its own, which measures the unit before and after and its peak memory. The last column is
+what the row's choice costs: in each group, the loss of its winner in an exhaustive float32 search (32 Riemann points, all candidates,
+all samples) above the smallest loss there; the largest over groups.
+
+    python -m benchmarks.calibration --threads 2
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers as hf
+
+import torchao_qig
+from benchmarks.timing import machine, write
+from torchao_qig import QIGWeightOnlyConfig
+
+HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 896, 4864, 14, 2, 1000
+CONFIGS = {
+    "paper": lambda **k: QIGWeightOnlyConfig.paper(bits=3, warmup_groups=0, pre_scale=True, verbose=False, **k),
+    "default": lambda **k: QIGWeightOnlyConfig(bits=3, verbose=False, **k),
+    "exhaustive": lambda **k: QIGWeightOnlyConfig(bits=3, verbose=False, search="exhaustive", quadrature="riemann", compute_dtype=torch.float32, **k),
+}
+
+
+def build(layers: int, dtype: torch.dtype) -> hf.PreTrainedModel:
+    """Heavy-tailed weights and uneven norms, so that scales matter."""
+    torch.manual_seed(0)
+    config = hf.Qwen2Config(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, vocab_size=VOCABULARY
+    )
+    model = hf.Qwen2ForCausalLM._from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "layernorm" in name:
+                p.copy_(torch.exp(torch.randn(p.shape) * 0.5))
+            elif p.dim() == 2 and "layers" in name:
+                p.mul_(torch.distributions.Chi2(5.0).sample(p.shape).div(5).rsqrt())
+        model.model.embed_tokens.weight.normal_()
+    rotary = model.model.rotary_emb.inv_freq.clone()
+    model.to(dtype)
+    model.model.rotary_emb.inv_freq.data = rotary  # a cast would coarsen the positions
+    return model
+
+
+def unit(model: hf.PreTrainedModel, ids: torch.Tensor, repeats: int = 5) -> list[float]:
+    """Seconds of a block's float32 forward over all samples."""
+    hidden = model.model.embed_tokens(ids)
+    positions = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    seconds = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            model.model.layers[0](hidden, position_embeddings=positions)
+            seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def one(mode: str, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
+    """A row's figures and its choices."""
+    torch.set_num_threads(args.threads)
+    ids = torch.randint(0, VOCABULARY, (args.samples, args.tokens), generator=torch.Generator().manual_seed(2))
+    plain = build(1, torch.float32)
+    units = unit(plain, ids)
+    model = build(args.layers, dtype)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = torchao_qig.calibrate(model, [{"input_ids": ids}], CONFIGS[mode]())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    units += unit(plain, ids)
+    first, *later = found.stats["block_seconds"]
+    groups = {label: {"winner": g.winner, "losses": g.losses} for label, g in found.groups.items()}
+    return {
+        "mode": mode, "model": str(dtype).removeprefix("torch."), "unit": statistics.median(units), "first": first, "later": statistics.median(later),
+        "peak": peak, "grown": peak - before, "device_peak": found.stats.get("peak_device_bytes"), "groups": groups,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--name", default="calibration_cpu_2threads")
+    parser.add_argument("--only", nargs=2, metavar=("MODE", "DTYPE"), help="one row, as JSON")
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(one(args.only[0], getattr(torch, args.only[1]), args)))
+        return
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for mode in CONFIGS:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.calibration", *sys.argv[1:], "--only", mode, dtype], capture_output=True, text=True, check=True
+            )
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(mode, dtype, f"{rows[-1]['later']:.2f} s per block, {rows[-1]['later'] / rows[-1]['unit']:.1f} units", file=sys.stderr)
+    for row in rows:
+        truth = next(r for r in rows if r["mode"] == "exhaustive" and r["model"] == row["model"])["groups"]
+        costs = {label: truth[label]["losses"][str(g["winner"])] / min(truth[label]["losses"].values()) - 1 for label, g in row["groups"].items()}
+        row["cost"] = max(costs.values())
+    shown = [
+        {
+            "mode": r["mode"], "model": r["model"], "s per block": f"{r['later']:.2f}", "units": f"{r['later'] / r['unit']:.1f}",
+            "first block, units": f"{r['first'] / r['unit']:.1f}", "unit s": f"{r['unit']:.3f}", "peak host MiB": f"{r['peak'] / 2**20:.0f}",
+            "of it for calibration": f"{r['grown'] / 2**20:.0f}", "peak device MiB": f"{r['device_peak'] / 2**20:.0f}" if r["device_peak"] else "none",
+            "loss above exhaustive": f"{r['cost']:.2%}",
+        }
+        for r in rows
+    ]  # fmt: skip
+    write(args.name, {**machine(), "threads": args.threads, "samples x tokens": f"{args.samples} x {args.tokens}"}, shown)
+
+
+if __name__ == "__main__":
+    main()
