@@ -16,6 +16,7 @@ ORDER = [
     "calibrate.run",
     "calibrate.resume",
     "calibrate.modality",
+    "calibrate.distort",
     "calibrate.block",
     "calibrate.apply",
     "calibrate.result",

@@ -71,6 +71,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         search: "coarse", or "exhaustive" for every candidate on every sample.
         warmup_groups: so many first groups get uniform token weights.
         modality_ratio: for "modality": one ratio, or ratios by part of a module's name; None measures them.
+        propagate_error: try candidates on the inputs that the model quantized so far has, against full-precision outputs.
         official: reproduce the published code: its clamped zero point, padding that counts.
 
     How it runs (not saved with a model):
@@ -102,6 +103,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     search: str = "coarse"
     warmup_groups: int = 0
     modality_ratio: float | dict[str, float] | None = None
+    propagate_error: bool = False
     official: bool = False
     calib: Any = None
     model: Any = None

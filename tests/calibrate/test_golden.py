@@ -50,7 +50,8 @@ def config_of(case: dict[str, Any]) -> QIGWeightOnlyConfig:
     if case["method"] == "awq":
         return QIGWeightOnlyConfig.paper(**{**shared, "loss": "mse"}, sensitivity="uniform", warmup_groups=0)
     weighting = "modality" if case["masks"] and case["reweight_ratio"] else "uniform"
-    return QIGWeightOnlyConfig.paper(**shared, sensitivity=weighting, modality_ratio=case["reweight_ratio"], warmup_groups=0)
+    distorted = case["method"] == "mbq_distort"
+    return QIGWeightOnlyConfig.paper(**shared, sensitivity=weighting, modality_ratio=case["reweight_ratio"], warmup_groups=0, propagate_error=distorted)
 
 
 def groups_of(found: Calibration) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Paper mode against the published rules in plain lines: other models, padding, losses, grids and weightings than the records have."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ import transformers as hf
 from torch import Tensor
 
 import torchao_qig
-from tests.oracle import OfficialGroup
-from torchao_qig import QIGWeightOnlyConfig
+from tests.oracle import OfficialGroup, candidate_scales, official_asymmetric
+from torchao_qig import Calibration, QIGWeightOnlyConfig
+from torchao_qig.calibrate.apply import changes, commit
 
 B, T, H = 3, 12, 64
 SHAPE = {"hidden_size": H, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 64}
@@ -128,6 +130,43 @@ def test_mbq(squared: bool) -> None:
             return ((e * answer).sum() + r * (e * vision).sum()) / (answer.sum() + vision.sum())
 
         torch.testing.assert_close(list(found.groups[label].losses.values()), group.losses(loss), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("weighting", ["modality", "qig"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_inputs_of_the_quantized_model(kv_heads: int, weighting: str) -> None:
+    """The repository's distorted variant: scales so far applied, all linears rounded; losses against full-precision outputs."""
+    model, inputs = build("llama", kv_heads), batch(False)
+    config = QIGWeightOnlyConfig.paper(bits=3, group_size=32, sensitivity=weighting, modality_ratio=0.5, warmup_groups=0, propagate_error=True, verbose=False)
+    found = torchao_qig.calibrate(model, [inputs], config)
+    clean = groups(model, inputs, 3, 32)
+    answer, vision = inputs["caption_mask"].float(), inputs["vision_mask"].float()
+    so_far = Calibration()
+    for number, (label, group) in enumerate(clean.items()):
+        bent = copy.deepcopy(model)
+        layer = label.split(".")[2]
+        blocks = [n for n in linear_names(model) if int(n.split(".")[2]) <= int(layer)]
+        commit(changes(bent, so_far, dict.fromkeys(blocks, config), simulate=True))
+        distorted = list(groups(bent, inputs, 3, 32).values())[number]
+        if weighting == "modality":
+            w = (answer + 0.5 * vision) / (answer.sum() + vision.sum())
+        else:
+            w = group.token_weights() / B
+        with torch.no_grad():
+            reference = group._with({}, group.x)
+        losses = []
+        for s in candidate_scales(distorted.x):
+            weights = {m: official_asymmetric(m.weight.detach() * s, 3, 32) / s for m in group.layers}
+            with torch.no_grad():
+                losses.append(float((per_token(reference - group._with(weights, distorted.x), False) * w).sum()))
+        mine = found.groups[label]
+        torch.testing.assert_close(mine.x_mean, distorted.x.abs().mean((0, 1)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(list(mine.losses.values()), losses, rtol=2e-3, atol=0)
+        so_far.groups[label] = mine
+
+
+def linear_names(model: hf.PreTrainedModel) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n]
 
 
 def test_mbq_ratios() -> None:

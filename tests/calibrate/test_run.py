@@ -261,10 +261,11 @@ def test_bad_loaders_leave_the_model_alone(loader: Any, error: type[Exception], 
 # Resuming, spilling, ranks
 
 
-def test_interrupted_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("settings", [{}, {"propagate_error": True}], ids=["original inputs", "quantized inputs"])
+def test_interrupted_and_continued(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in every block in turn and started again: the same bits as in one go, and finished blocks are not redone."""
     model, batches = build(3), [tokens(3, 9), tokens(2, 6)]
-    expected = calibrate(model, batches)
+    expected = calibrate(model, batches, **settings)
     original, ran = Run._run_block, []
 
     def stopping(self: Run, name: str, *args: Any) -> Any:
@@ -277,9 +278,9 @@ def test_interrupted_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = state_of(model)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            calibrate(model, batches, checkpoint_dir=tmp_path)
+            calibrate(model, batches, checkpoint_dir=tmp_path, **settings)
         assert_untouched(model, before)
-    assert_same(calibrate(model, batches, checkpoint_dir=tmp_path), expected, exactly=True)
+    assert_same(calibrate(model, batches, checkpoint_dir=tmp_path, **settings), expected, exactly=True)
     assert ran == ["blocks.0", "blocks.0", "blocks.1", "blocks.1", "blocks.2", "blocks.2"]
 
 

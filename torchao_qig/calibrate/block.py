@@ -107,7 +107,7 @@ class Block:
         work.count += float(counted.sum())
         kept = sum(y.numel() * y.element_size() for y in seen.ys)
         if work.group.alone:
-            seen = Seen(seen.x, Call((), {}), seen.x)
+            seen = Seen(seen.x, Call((), {}), seen.out if self.config.propagate_error else seen.x)
         elif self.dtype != self.main_dtype or self._outputs_kept + kept > KEEP:
             seen = seen._replace(ys=())
         else:
@@ -252,7 +252,7 @@ class Block:
         known: dict[tuple[int, bool], float] = {}
         some = {id(part): _subset(part, on_part.get(part.piece, [])) for part in work.parts}
         no_less = ranks.all_agree(all(s is part for part, s in zip(work.parts, some.values(), strict=True)))
-        grams = self._grams(work) if squared and work.group.alone else None
+        grams = self._grams(work) if squared and work.group.alone and not self.config.propagate_error else None
 
         def sums(candidates: list[int], parts: list[Part]) -> Tensor:
             """Per candidate the weighted error, and the total weight."""
@@ -283,8 +283,10 @@ class Block:
     def _error(self, group: Group, part: Part, weights: dict[str, Tensor], tried: dict[str, Tensor], squared: bool) -> float:
         assert part.weights is not None
         seen, place = self._ready(part), part.layout
-        if group.alone:
-            name = group.linears[0]
+        name = group.linears[0]
+        if group.alone and self.config.propagate_error:
+            e = search.token_errors(place.view(seen.out), F.linear(place.view(seen.x), tried[name].to(self.dtype), self._bias(name)), squared)
+        elif group.alone:
             error = F.linear(place.view(seen.x), (weights[name] - tried[name]).to(self.dtype)).float()
             e = (error.square() if squared else error.abs()).mean(-1)
         else:

@@ -17,6 +17,7 @@ from torchao_qig.calibrate import modality, ranks, resume, search
 from torchao_qig.calibrate.apply import grid_of, rounder
 from torchao_qig.calibrate.batches import Batch, read
 from torchao_qig.calibrate.block import CHEAP, DEAR, Block, Work
+from torchao_qig.calibrate.distort import Distortion, quantized_so_far
 from torchao_qig.calibrate.fold import Fold, FoldFinder, find_folds
 from torchao_qig.calibrate.groups import Group, join, labels, linears_in
 from torchao_qig.calibrate.observer import first_tensor, replica
@@ -78,6 +79,7 @@ class Run:
         self.shared = {i for i, n in counts.items() if n > 1}
         self.ran: set[str] = set()  # linears that took part
         self.searched = 0  # groups so far
+        self.distortion: Distortion | None = None
         self.steps: dict[str, int] = {}  # points of the Gauss rule, by group
         self.hints: dict[tuple[Group, ...], dict[Group, Fold | None]] = {}
         self.samples: dict[tuple[int, int], int] = {}
@@ -131,6 +133,7 @@ class Run:
             self._modality(chain, plan, batches, stream)
         if last:
             batches.clear()  # large images are no longer needed
+        self.distortion = Distortion(stream) if self.config.propagate_error and not chain.whole_model else None
         done, progress = self._resume(stream, chain)
         bar = tqdm(total=len(chain.names), initial=done, desc="calibrating", unit="block", disable=not self.config.verbose or ranks.rank() > 0)
         with bar:
@@ -144,7 +147,7 @@ class Run:
                     bar.update()
                 stream.next_block()
                 if progress is not None and index >= done:
-                    hidden = [p.hidden for p in stream.pieces if p.hidden is not None]
+                    hidden = self._hidden(stream)
                     progress.save(index + 1, self._block_result(name), hidden, {"searched": self.searched, "steps": self.steps, "ran": sorted(self.ran)})
         self._keep_modality(stream)
         self.found.stats["activation_bytes_in_files"] = self.found.stats.get("activation_bytes_in_files", 0) + stream.store.filed
@@ -193,6 +196,10 @@ class Run:
             return next((float(v) for part, v in given.items() if part in name), 1.0)
         return float(given) if given is not None else self.ratios.get(name, 1.0)
 
+    def _hidden(self, stream: Stream) -> list[Tensor]:
+        """All that has to be kept of the samples between two blocks."""
+        return [p.hidden for p in stream.pieces if p.hidden is not None] + (self.distortion.hidden if self.distortion else [])
+
     def _resume(self, stream: Stream, chain: Chain) -> tuple[int, resume.Progress | None]:
         if self.config.checkpoint_dir is None:
             return 0, None
@@ -209,8 +216,10 @@ class Run:
                 self.found.tokens |= part.tokens
                 self.found.completeness |= part.completeness
             self.searched, self.steps, self.ran = notes["searched"], notes["steps"], set(notes["ran"])
-            for piece, state in zip((p for p in stream.pieces if p.hidden is not None), states, strict=True):
+            for piece, state in zip((p for p in stream.pieces if p.hidden is not None), states, strict=False):
                 piece.hidden = state
+            if self.distortion:
+                self.distortion.hidden = states[len(stream.pieces) :]
             logger.info("continuing after block %d of %d", done, len(chain.names))
         return done, progress
 
@@ -239,12 +248,14 @@ class Run:
         groups = [w.group for w in block.works]
         folds = folds_of(groups)
         names = dict(zip(groups, labels(groups, name), strict=True))
-        results = []
+        results: list[GroupResult] = []
         for work in block.works:
-            if folds[work.group] is None and not self.config.pre_scale:
-                continue  # it stays without a scale
-            results.append(self._run_group(block, work, names[work.group], name, folds[work.group]))
+            if folds[work.group] is not None or self.config.pre_scale:  # else it stays without a scale
+                bent = quantized_so_far(block, name, results, mine) if self.distortion else None
+                results.append(self._run_group(block, work, names[work.group], name, folds[work.group], bent))
             work.parts.clear()
+        if self.distortion:
+            self.distortion.advance(block, quantized_so_far(block, name, results, mine))
         before, after = (sum(losses) for losses in zip(*((r.rounding_loss, r.loss) for r in results), strict=True)) if results else (0.0, 0.0)
         return after / before - 1 if before > 0 else None
 
@@ -265,11 +276,14 @@ class Run:
 
         return find
 
-    def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None) -> GroupResult:
+    def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None, bent: nn.Module | None) -> GroupResult:
         sensitivity = "uniform" if self.searched < self.config.warmup_groups else str(self.config.sensitivity)
         self.searched += 1
-        x_mean, pieces = work.x_mean(block.weight(work.group.linears[0]).shape[1], block.device), block.stream.pieces
+        pieces = block.stream.pieces
         block.weigh(work, sensitivity, self._ratio(join(block_name, work.group.inspected)), self.counts)
+        if self.distortion and bent is not None:
+            self.distortion.feed(block, bent, work)
+        x_mean = work.x_mean(block.weight(work.group.linears[0]).shape[1], block.device)
         winner, losses = block.search(work, x_mean, self._part(pieces, block.share(work.group)))
         self._keep_tokens(work, label, pieces)
         ratio = search.ratios(self.config.grid)[winner]

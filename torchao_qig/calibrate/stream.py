@@ -329,25 +329,28 @@ class Stream:
         call = cast(call if hidden is None else with_hidden(call, hidden), self.device, None)
         return block(*call.args, **call.kwargs)
 
-    def call(self, piece: Piece, rows: list[int] | None = None) -> Call:
-        """What block `at` is called with for a piece (or for some of its samples), on the compute device."""
+    def call(self, piece: Piece, rows: list[int] | None = None, hidden: Any = None) -> Call:
+        """What block `at` is called with for a piece (or some of its samples, or another hidden state), on the compute device."""
         chosen = piece.rows if rows is None else [piece.rows[r] for r in rows]
         call = cut(self._calls[piece.batch][self.at], chosen, piece.size)
         if not self.chain.whole_model:
-            hidden = piece.hidden
+            hidden = piece.hidden if hidden is None else hidden
             call = with_hidden(call, hidden if rows is None or rows == list(range(len(piece.rows))) else hidden[rows])
         return cast(call, self.device, None)
 
     def advance(self, piece: Piece, out: Any) -> None:
         """Keep what block `at` returned as the piece's next hidden state."""
+        piece.hidden = self.after(piece, out, piece.hidden)
+
+    def after(self, piece: Piece, out: Any, before: Any) -> Any:
+        """The hidden state, in the store, that follows from what block `at` returned for the one `before`."""
         if self.chain.whole_model or self.at + 1 == len(self.chain.names):
-            return
-        hidden = first_tensor(out).to(piece.hidden.dtype)
+            return before
+        hidden = first_tensor(out).to(before.dtype)
         added = self._added.get((self.at + 1, piece.batch))
         if added is not None:
             hidden = hidden + cut(added, piece.rows, piece.size).to(hidden)
-        self.store.drop(piece.hidden)
-        piece.hidden = self.store.put(hidden)
+        return self.store.put(hidden)
 
     def next_block(self) -> None:
         for calls in self._calls.values():
