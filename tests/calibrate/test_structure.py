@@ -18,7 +18,7 @@ from tests.tiny_models import VLMS, gemma3, llama, qwen3_moe
 from torchao_qig import PackedIntTensor, QIGWeightOnlyConfig
 from torchao_qig.calibrate.apply import changes, commit
 from torchao_qig.calibrate.batches import as_batch
-from torchao_qig.calibrate.stream import find_chains, quiet
+from torchao_qig.calibrate.chains import find_chains, quiet
 from torchao_qig.config import PackedIntWeightOnlyConfig
 
 QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=16, grid=4, verbose=False)

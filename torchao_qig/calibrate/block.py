@@ -6,7 +6,6 @@ carried on to the next block). Samples only meet in sums: pieces and ranks may b
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,9 @@ from torchao_qig.calibrate.batches import Tokens
 from torchao_qig.calibrate.groups import Group, find_groups
 from torchao_qig.calibrate.observer import Call, Observer, Seen, first_tensor, patched, replica
 from torchao_qig.calibrate.store import Store
-from torchao_qig.calibrate.stream import Piece, Stream, cast, cut
+from torchao_qig.calibrate.stream import Stream, cast
 from torchao_qig.calibrate.tokens import Layout, layout
+from torchao_qig.calibrate.work import Part, Work, around, known, subset
 from torchao_qig.config import QIGWeightOnlyConfig
 
 logger = logging.getLogger(__name__)
@@ -27,33 +27,6 @@ AGREE = 2e-3  # mean difference of token weights, relative to their mean, up to 
 DEAR, CHEAP = 0.25, 0.03  # shares of a block's weights: the more of them a group's candidates take, the more sparingly they are tried
 KEEP = 2**30  # bytes of linears' outputs that are kept instead of computed again
 Rounder = Callable[[Tensor, Tensor | None], Tensor]  # weight, scale -> what the quantized form of their product stands for, over scale
-
-
-@dataclass
-class Part:
-    """What one piece contributes to a group."""
-
-    piece: int
-    seen: Seen
-    layout: Layout
-    weights: Tensor | None = None  # (B, T) of the layout's grid
-    completeness: Tensor | None = None
-
-
-@dataclass
-class Work:
-    """One group under calibration."""
-
-    group: Group
-    parts: list[Part] = field(default_factory=list)
-    total: Tensor | None = None
-    count: float = 0.0
-    weighting: str = "none"
-
-    def x_mean(self, channels: int, device: torch.device) -> Tensor:
-        total = torch.zeros(channels, dtype=torch.float64, device=device) if self.total is None else self.total
-        sums = ranks.summed(torch.cat([total, total.new_tensor([self.count])]))
-        return search.x_mean(sums[:-1], float(sums[-1]))
 
 
 class Block:
@@ -85,7 +58,7 @@ class Block:
             self._find_new_groups(observed)
             for work in self.works:
                 for seen in observed.seen(work.group.inspected, work.group.linears):
-                    self._take(work, seen, number, piece.tokens, _around(observed, work.group))
+                    self._take(work, seen, number, piece.tokens, around(observed, work.group))
             self.stream.advance(piece, out)
         mine = {work.group: work for work in self.works}  # other ranks may have seen experts that this one has not
         self.works = [mine.get(group) or Work(group) for group in dict.fromkeys(g for groups in ranks.gathered(list(mine)) for g in groups)]
@@ -155,7 +128,7 @@ class Block:
                 part.weights, part.completeness = self._qig(work.group, part, points)
             elif weighting == "modality":
                 part.weights = sensitivity.by_modality(
-                    *_known(self.stream.pieces[part.piece].tokens, part.layout.grid), ratio, counts, self.config.loss == "mse"
+                    *known(self.stream.pieces[part.piece].tokens, part.layout.grid), ratio, counts, self.config.loss == "mse"
                 )
             else:
                 part.weights = self._uniform(self.stream.pieces[part.piece].tokens, part.layout.grid)
@@ -164,7 +137,7 @@ class Block:
         """Equal weights. Of the published code, AWQ's count image tokens only, and QIG's first groups image and answer tokens."""
         if not self.config.official or tokens.vision is None:
             return sensitivity.uniform(grid)
-        answer, vision = _known(tokens, grid)
+        answer, vision = known(tokens, grid)
         return vision.float() if self.config.sensitivity == "uniform" else sensitivity.uniform(answer | vision)
 
     def _points(self, work: Work) -> sensitivity.Rule:
@@ -179,7 +152,7 @@ class Block:
         return sensitivity.rule("gauss", self.steps[key])
 
     def _coarse_will_do(self, work: Work) -> bool:
-        first = _subset(work.parts[0], [0]) if work.parts and self.stream.cuttable else next(iter(work.parts), None)
+        first = subset(work.parts[0], [0]) if work.parts and self.stream.cuttable else next(iter(work.parts), None)
         if first is None:
             return False
         coarse, fine = (self._qig(work.group, first, sensitivity.rule("gauss", n))[0] for n in (sensitivity.COARSE, sensitivity.FINE))
@@ -190,7 +163,7 @@ class Block:
         place, size = part.layout, part.layout.grid.shape[0]
         at_once = max(1, self.stream.tokens_at_once // 4 // place.grid.shape[1])
         if size > at_once and self.stream.cuttable and not group.alone and place.rows is None:
-            cuts = [_subset(part, list(range(low, min(low + at_once, size)))) for low in range(0, size, at_once)]
+            cuts = [subset(part, list(range(low, min(low + at_once, size)))) for low in range(0, size, at_once)]
             found = [self._qig(group, cut, points) for cut in cuts if cut is not None and cut is not part]
             if found:
                 weights, errors = zip(*found, strict=True)
@@ -250,7 +223,7 @@ class Block:
         scales = [search.scale_for(x_mean, r) for r in ratios]
         weights = {n: self.weight(n) for n in work.group.linears}
         known: dict[tuple[int, bool], float] = {}
-        some = {id(part): _subset(part, on_part.get(part.piece, [])) for part in work.parts}
+        some = {id(part): subset(part, on_part.get(part.piece, [])) for part in work.parts}
         no_less = ranks.all_agree(all(s is part for part, s in zip(work.parts, some.values(), strict=True)))
         grams = self._grams(work) if squared and work.group.alone and not self.config.propagate_error else None
 
@@ -313,33 +286,3 @@ def _returning(y: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, weight, bias)
-
-
-def _around(observed: Observer, group: Group) -> list[Tensor]:
-    """Inputs of the modules around a group, nearest first."""
-    parts = group.linears[0].split(".")
-    names = [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
-    calls = [observed.calls[n][0][0] for n in names if observed.calls.get(n)]
-    return [t for c in calls for t in [*c.args, *c.kwargs.values()] if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2]
-
-
-def _known(tokens: Tokens, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Answer and vision masks of a grid; what is not known to be vision counts as answer."""
-    fits = tokens.counted is not None and tokens.counted.shape == grid.shape
-    vision = tokens.vision.to(grid.device) & grid if fits and tokens.vision is not None else torch.zeros_like(grid)
-    answer = tokens.answer.to(grid.device) & grid if fits and tokens.answer is not None else grid & ~vision
-    return answer, vision
-
-
-def _subset(part: Part, rows: list[int]) -> Part | None:
-    """The part with some of its samples only; all of it where it cannot be cut."""
-    size = part.layout.grid.shape[0]
-    if not rows:
-        return None
-    if part.layout.rows is not None or len(rows) == size or part.seen.x.dim() == 2:
-        return part
-    place = Layout(part.layout.grid[rows], (len(rows), part.layout.shape[1]))
-    return Part(part.piece, Seen(*cut(tuple(part.seen), rows, size)), place, None if part.weights is None else part.weights[rows])
-
-
-__all__ = ["Block", "Part", "Piece", "Rounder", "Work"]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from torchao_qig.calibrate.apply import changes, commit
-from torchao_qig.calibrate.block import Block, Work
+from torchao_qig.calibrate.block import Block
 from torchao_qig.calibrate.observer import Call, Observer, Seen, replica
 from torchao_qig.calibrate.result import Calibration, GroupResult
 from torchao_qig.calibrate.search import absolute_sum
 from torchao_qig.calibrate.stream import Stream, cast
+from torchao_qig.calibrate.work import Work
 from torchao_qig.config import QIGWeightOnlyConfig
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from torchao_qig.calibrate.stream import Chain
+from torchao_qig.calibrate.chains import Chain
 from torchao_qig.config import QIGWeightOnlyConfig
 from torchao_qig.tensor import affine
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from torchao_qig.calibrate import modality, ranks, resume, search
 from torchao_qig.calibrate.apply import grid_of, rounder
 from torchao_qig.calibrate.batches import Batch, read
-from torchao_qig.calibrate.block import CHEAP, DEAR, Block, Work
+from torchao_qig.calibrate.block import CHEAP, DEAR, Block
+from torchao_qig.calibrate.chains import Chain, find_chains, quiet
 from torchao_qig.calibrate.distort import Distortion, quantized_so_far
 from torchao_qig.calibrate.fold import Fold, FoldFinder, find_folds
 from torchao_qig.calibrate.groups import Group, join, labels, linears_in
@@ -24,7 +25,8 @@ from torchao_qig.calibrate.observer import first_tensor, replica
 from torchao_qig.calibrate.plan import Plan, choose
 from torchao_qig.calibrate.result import MODALITIES, Calibration, GroupResult
 from torchao_qig.calibrate.store import Store
-from torchao_qig.calibrate.stream import Chain, Piece, Stream, cast, find_chains, quiet
+from torchao_qig.calibrate.stream import Piece, Stream, cast
+from torchao_qig.calibrate.work import Work
 from torchao_qig.config import QIGWeightOnlyConfig
 
 logger = logging.getLogger(__name__)
