@@ -1,9 +1,10 @@
-"""Quantize a small transformers model built in memory; print its size, its error, and its speed once compiled.
+"""Calibrate and quantize a small transformers model built in memory; print its size, its error, and its speed once compiled.
 
     python -m recipes.demo [--bits 3 4] [--layers 4] [--no-compile]
 
 The model has random weights (no download): sizes and speed are those of a real model of this shape, the error is what
-rounding does to random weights. The text model's linears are those of a 0.5 B Qwen2.
+quantization does to random weights: real ones differ. The text model's linears are those of a 0.5 B Qwen2. "QIG" is calibrated on
+other tokens than those that the error is measured on.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import torchao_qig
-from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig
+from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
 
 
 def build(layers: int) -> Qwen2ForCausalLM:
@@ -80,16 +81,20 @@ def main() -> None:
     for bits in args.bits:
         models[f"int{bits}"] = copy.deepcopy(full)
         quantize_(models[f"int{bits}"], PackedIntWeightOnlyConfig(bits=bits))
+    lowest = min(args.bits)
+    models[f"int{lowest} QIG"] = copy.deepcopy(full)
+    batches = [{"input_ids": torch.randint(0, 4096, (4, 64))} for _ in range(2)]
+    quantize_(models[f"int{lowest} QIG"], QIGWeightOnlyConfig(bits=lowest, calib=batches))
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         print("no C++ compiler found, which torch.compile needs on a CPU: no speed is measured")
         args.compile = False
     step = milliseconds_per_token(models) if args.compile else {}
 
-    print(f"Qwen2, {args.layers} blocks of 896 x 4864, random weights, group 128, round to nearest, {torch.get_num_threads()} CPU threads")
-    print(f"{'weights':8} {'MB':>7} {'smaller':>8} {'KL to bf16':>11}" + (f" {'ms/token':>9} {'faster':>7}" if step else ""))
+    print(f"Qwen2, {args.layers} blocks of 896 x 4864, random weights, group 128, rounded to nearest or calibrated, {torch.get_num_threads()} CPU threads")
+    print(f"{'weights':9} {'MB':>7} {'smaller':>8} {'KL to bf16':>11}" + (f" {'ms/token':>9} {'faster':>7}" if step else ""))
     for name, model in models.items():
         size = decoder_bytes(model)
-        line = f"{name:8} {size / 1e6:7.2f} {decoder_bytes(full) / size:7.2f}x {divergence(model, tokens, reference):11.4f}"
+        line = f"{name:9} {size / 1e6:7.2f} {decoder_bytes(full) / size:7.2f}x {divergence(model, tokens, reference):11.4f}"
         print(line + (f" {step[name]:9.2f} {step['bf16'] / step[name]:6.2f}x" if step else ""))
 
     name, model = list(models.items())[-1]

@@ -39,6 +39,7 @@ class Block:
         self.steps = steps  # by group: how many points its Gauss rule takes; blocks of the same make share it
         self._starts_at_zero: set[Group] = set()
         self._outputs_kept = 0
+        self._rounded_outs: list[Tensor] = []
         self.device = stream.device
         main = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
         self.model_dtype, wider = main, torch.promote_types(main, dtype) == dtype
@@ -125,7 +126,10 @@ class Block:
         points = self._points(work) if weighting == "qig" else None
         for part in work.parts:
             if points is not None:
+                self._rounded_outs.clear()
                 part.weights, part.completeness = self._qig(work.group, part, points)
+                if self._rounded_outs and not self.config.propagate_error:
+                    part.rounded_out = self.store.put(torch.cat(self._rounded_outs))
             elif weighting == "modality":
                 part.weights = sensitivity.by_modality(
                     *known(self.stream.pieces[part.piece].tokens, part.layout.grid), ratio, counts, self.config.loss == "mse"
@@ -194,6 +198,8 @@ class Block:
             ends = list(seen.ys) or [F.linear(seen.x, self.weight(n).to(self.dtype), self._bias(n)) for n in group.linears]
             ends += [F.linear(seen.x, self.rounded(n), self._bias(n)) for n in group.linears]
             starts = [None if b is None else b.expand_as(e) for e, b in zip(ends, biases, strict=True)]
+            plain = {n: _returning(y) for n, y in zip(group.linears, ends[len(group.linears) :], strict=True)}
+            self._rounded_outs.append(self._inspect(group, seen.call, plain, place))  # the search wants it, and it is cheap here
         inner = [n for n in group.inside if n not in group.linears]
 
         def quantized_at(ys: list[Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -238,7 +244,7 @@ class Block:
                     name = work.group.linears[0]
                     out[i] = search.gram_loss(grams, weights[name] - tried[name])
                 else:
-                    out[i] = sum(self._error(work.group, part, weights, tried, squared) for part in parts)
+                    out[i] = sum(self._error(work.group, part, weights, tried, squared, plain=not ratios[k]) for part in parts)
             return ranks.summed(out)
 
         def evaluate(candidates: list[int], on_some: bool) -> list[float]:
@@ -253,12 +259,14 @@ class Block:
         with torch.no_grad():
             return search.SEARCHES[self.config.search](evaluate, self.config.grid, 2 if no_less or self.share(work.group) < CHEAP else 3)
 
-    def _error(self, group: Group, part: Part, weights: dict[str, Tensor], tried: dict[str, Tensor], squared: bool) -> float:
+    def _error(self, group: Group, part: Part, weights: dict[str, Tensor], tried: dict[str, Tensor], squared: bool, plain: bool) -> float:
         assert part.weights is not None
         seen, place = self._ready(part), part.layout
         name = group.linears[0]
         if group.alone and self.config.propagate_error:
             e = search.token_errors(place.view(seen.out), F.linear(place.view(seen.x), tried[name].to(self.dtype), self._bias(name)), squared)
+        elif plain and part.rounded_out is not None:
+            e = search.token_errors(place.view(seen.out), part.rounded_out.to(self.device), squared)
         elif group.alone:
             error = F.linear(place.view(seen.x), (weights[name] - tried[name]).to(self.dtype)).float()
             e = (error.square() if squared else error.abs()).mean(-1)

@@ -152,7 +152,10 @@ class Run:
                     hidden = self._hidden(stream)
                     progress.save(index + 1, self._block_result(name), hidden, {"searched": self.searched, "steps": self.steps, "ran": sorted(self.ran)})
         self._keep_modality(stream)
-        self.found.stats["activation_bytes_in_files"] = self.found.stats.get("activation_bytes_in_files", 0) + stream.store.filed
+        self._count_files(stream.store)
+
+    def _count_files(self, store: Store) -> None:
+        self.found.stats["activation_bytes_in_files"] = self.found.stats.get("activation_bytes_in_files", 0) + store.filed
 
     def _device(self, chain: Chain) -> torch.device:
         if self.config.device is not None:
@@ -258,6 +261,7 @@ class Run:
             work.parts.clear()
         if self.distortion:
             self.distortion.advance(block, quantized_so_far(block, name, results, mine))
+        self._count_files(block.store)
         before, after = (sum(losses) for losses in zip(*((r.rounding_loss, r.loss) for r in results), strict=True)) if results else (0.0, 0.0)
         return after / before - 1 if before > 0 else None
 

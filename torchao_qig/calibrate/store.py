@@ -1,6 +1,8 @@
 """Tensors that wait on the host: in memory up to a limit, beyond it in memory-mapped files."""
 
+import os
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,6 +46,8 @@ class Store:
         path = f"{self._directory.name}/{self.filed}"
         stored = torch.from_file(path, shared=True, size=size, dtype=torch.uint8).view(t.dtype).view(t.shape)
         stored.copy_(t)
+        with suppress(OSError):
+            os.unlink(path)  # the space is free again when the tensor is gone
         self._files[id(stored)] = stored
         return stored
 

@@ -144,6 +144,7 @@ class Stream:
         if self.chain.whole_model or self.at + 1 == len(self.chain.names):
             return before
         hidden = first_tensor(out).to(before.dtype)
+        self.store.drop(before)
         added = self._added.get((self.at + 1, piece.batch))
         if added is not None:
             hidden = hidden + cut(added, piece.rows, piece.size).to(hidden)

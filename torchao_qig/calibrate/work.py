@@ -22,6 +22,7 @@ class Part:
     layout: Layout
     weights: Tensor | None = None  # (B, T) of the layout's grid
     completeness: Tensor | None = None
+    rounded_out: Tensor | None = None  # the inspected module's output with the group's linears plainly rounded, where it fell out
 
 
 @dataclass
@@ -64,4 +65,9 @@ def subset(part: Part, rows: list[int]) -> Part | None:
     if part.layout.rows is not None or len(rows) == size or part.seen.x.dim() == 2:
         return part
     place = Layout(part.layout.grid[rows], (len(rows), part.layout.shape[1]))
-    return Part(part.piece, Seen(*cut(tuple(part.seen), rows, size)), place, None if part.weights is None else part.weights[rows])
+    return Part(
+        part.piece,
+        Seen(*cut(tuple(part.seen), rows, size)),
+        place,
+        *(None if t is None else t[rows] for t in (part.weights, part.completeness, part.rounded_out)),
+    )
