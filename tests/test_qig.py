@@ -432,7 +432,8 @@ def test_summary_and_device() -> None:
     model, inputs = plain()
     found = torchao_qig.calibrate(model, [inputs], QUICK(device="cpu"))
     lines = found.summary().splitlines()
-    assert len(lines) == 1 + len(found.groups)
+    assert len(lines) == 2 + len(found.groups)
+    assert lines[-1].startswith("4 samples, ")
     assert found.stats["samples"] == 4
     assert found.stats["tokens"] == 40
     assert found.stats["peak_host_bytes"] > 2**20

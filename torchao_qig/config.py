@@ -67,7 +67,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         sensitivity: what a token's error counts: "qig", "modality" (MBQ), "uniform" (AWQ), or None for no search.
         loss: "mae" or "mse", at the output of the module that a group feeds.
         grid: number of candidate scales.
-        quadrature, steps: "gauss" (6 points) or "riemann" (the paper's 32) for the integrated gradients.
+        quadrature, steps: "gauss" (4 points, or 6 where those do not agree) or "riemann" (the paper's 32) for the integrated gradients.
         search: "coarse", or "exhaustive" for every candidate on every sample.
         warmup_groups: so many first groups get uniform token weights.
         modality_ratio: for "modality": one ratio, or ratios by part of a module's name; None measures them.

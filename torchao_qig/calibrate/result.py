@@ -114,12 +114,15 @@ class Calibration:
         return TokenWeights(weights, modality, error)
 
     def summary(self) -> str:
-        """One line per group: the loss of plain rounding, the winner's, its ratio and where its scale went."""
+        """One line per group: the loss of plain rounding, the winner's, its ratio and where its scale went; then what it took."""
         width = max((len(label) for label in self.groups), default=5)
         lines = [f"{'group':{width}}  weights   rounding    chosen  ratio  scale in"]
         for g in self.groups.values():
             where = g.fold_into or g.fold_kind
             lines.append(f"{g.label:{width}}  {g.weighting:8} {g.rounding_loss:9.3e} {g.loss:9.3e}  {g.ratio:5.2f}  {where}")
+        if "seconds" in self.stats:
+            device = f", {self.stats['peak_device_bytes'] / 2**20:.0f} MiB on the device" if "peak_device_bytes" in self.stats else ""
+            lines.append(f"{self.stats['samples']} samples, {self.stats['seconds']:.1f} s, peak memory {self.stats['peak_host_bytes'] / 2**20:.0f} MiB{device}")
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
