@@ -40,7 +40,9 @@ class Batch:
 
     @property
     def samples(self) -> int:
-        """Length of the first dimension of the first tensor."""
+        """How many: as the masks say, else the first dimension of the first tensor."""
+        if self.masks.counted is not None:
+            return self.masks.counted.shape[0]
         return next((v.shape[0] for v in [*self.args, *self.kwargs.values()] if isinstance(v, Tensor) and v.dim()), 1)
 
     def tokens(self, shape: torch.Size | None) -> Tokens:

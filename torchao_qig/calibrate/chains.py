@@ -200,7 +200,8 @@ def capture_batch(root: nn.Module, batch: Batch, chain: Chain) -> list[Call]:
         def run(*args: Any, **kwargs: Any) -> Any:
             call = without_cache(Call(args, kwargs))
             hidden = hidden_of(call)
-            calls.append(with_hidden(call, hidden.clone(), hidden))
+            kept = hidden.clone() if chain.glued or index == 0 else hidden  # glue may work in place
+            calls.append(with_hidden(call, kept, hidden))
             if index == len(chain.names) - 1:
                 raise _Stop
             return _imitation(chain.output, hidden)

@@ -125,6 +125,7 @@ class Run:
 
     def _run_chain(self, chain: Chain, plan: Plan, batches: list[Batch], last: bool) -> None:
         device = self._device(chain)
+        self.steps = {}
         stream = Stream(self.model, chain, device, Store(self.config.max_host_memory))
         for batch in batches:
             with _naming(self.model, batch):
@@ -346,7 +347,7 @@ class _SmallRun:
 
     def __init__(self, stream: Stream) -> None:
         piece = stream.pieces[0]
-        rows = [0] if len(piece.rows) > 1 and stream.cuttable else None
+        rows = [0] if stream.can_cut(piece) else None
         self.call = cast(stream.call(piece, rows), stream.device, torch.float32)
         self.hidden = None
         if piece.hidden is not None:

@@ -62,7 +62,7 @@ def subset(part: Part, rows: list[int]) -> Part | None:
     size = part.layout.grid.shape[0]
     if not rows:
         return None
-    if part.layout.rows is not None or len(rows) == size or part.seen.x.dim() == 2:
+    if part.layout.rows is not None or len(rows) == size or part.seen.x.dim() == 2 or part.layout.shape[1] == size:
         return part
     place = Layout(part.layout.grid[rows], (len(rows), part.layout.shape[1]))
     return Part(
