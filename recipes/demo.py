@@ -2,9 +2,9 @@
 
     python -m recipes.demo [--bits 3 4] [--layers 4] [--no-compile]
 
-The model has random weights (no download): sizes and speed are those of a real model of this shape, the error is what
-quantization does to random weights: real ones differ. The text model's linears are those of a 0.5 B Qwen2. "QIG" is calibrated on
-other tokens than those that the error is measured on.
+The model has random weights (no download) whose norms make some channels large, as trained ones do: sizes and speed are those of
+a real model of this shape (the linears of a 0.5 B Qwen2), the error is what quantization does to these weights. "QIG" is calibrated
+on other tokens than those that the error is measured on.
 """
 
 import argparse
@@ -32,7 +32,12 @@ def build(layers: int) -> Qwen2ForCausalLM:
         hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14, num_key_value_heads=2,
         vocab_size=4096, tie_word_embeddings=True,
     )  # fmt: skip
-    return Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "layernorm" in name:
+                p.copy_(torch.randn(p.shape).exp())  # some channels are large, as in trained models
+    return model
 
 
 def decoder_bytes(model: nn.Module) -> int:

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,20 @@ def test_interrupted_and_continued(settings: dict[str, Any], tmp_path: Path, mon
         assert_untouched(model, before)
     assert_same(calibrate(model, batches, checkpoint_dir=tmp_path, **settings), expected, exactly=True)
     assert ran == ["blocks.0", "blocks.0", "blocks.1", "blocks.1", "blocks.2", "blocks.2"]
+
+
+def test_killed_and_continued(tmp_path: Path) -> None:
+    """The process dies without a chance to tidy up; another one goes on."""
+    killed = (
+        "import os, sys; from tests.calibrate.test_run import *\n"
+        "original = Run._run_block\n"
+        "Run._run_block = lambda self, name, *a: os._exit(9) if name == 'blocks.1' else original(self, name, *a)\n"
+        "torch.set_num_threads(1); calibrate(build(3), [tokens(3, 9)], checkpoint_dir=sys.argv[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False, capture_output=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 9
+    assert (tmp_path / "blocks.0" / "manifest.json").exists()
+    assert_same(calibrate(build(3), [tokens(3, 9)], checkpoint_dir=tmp_path), calibrate(build(3), [tokens(3, 9)]), exactly=True)
 
 
 @pytest.mark.parametrize("change", ["settings", "model", "data"])
