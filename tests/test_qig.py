@@ -233,6 +233,30 @@ def _with(loader: Any, model: nn.Module) -> tuple[nn.Module, Any]:
     return model, loader
 
 
+@pytest.mark.parametrize("family", [*VLMS, "gemma3"])
+def test_everything_on_request(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Vision tower, projector, decoder and head, all calibrated; a linear that is never called (SigLIP's pooling) stays, and is named."""
+    model, inputs = FAMILIES[family]()
+    names = [n for n, part in model.model.named_children() if any(isinstance(m, nn.Linear) for m in part.modules())]
+    before = run(model, inputs)
+    found = torchao_qig.calibrate(model, [inputs], QUICK(bits=8, group_size=16, grid=3, modules=[*names, "lm_head"]))
+    quantize_(model, QUICK(bits=8, group_size=16, calib=found))
+    left = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed(model)}
+    assert all(n in caplog.text for n in left if ".head." in n)  # (a tied lm_head stays without a word)
+    assert len(left) <= 4
+    assert (run(model, inputs) - before).abs().max() < 0.05 * before.abs().max()
+    assert any("vis" in label for label in found.groups)
+
+
+def test_batches_without_an_image() -> None:
+    """They do not go through the vision tower, and count in the decoder."""
+    model, inputs = VLMS["qwen2_vl"]()
+    text = {"input_ids": torch.arange(1, 9)[None]}
+    found = torchao_qig.calibrate(model, [inputs, text], QUICK(modules=["visual.blocks", "language_model"]))
+    assert len(found.token_weights("model.visual.blocks.0.mlp.fc1").weights) == 1
+    assert len(found.token_weights("model.language_model.layers.0.mlp").weights) == 2
+
+
 def test_tied_head_stays() -> None:
     model, inputs = qwen2(tied=True)
     quantize_(model, QUICK(calib=[inputs]))

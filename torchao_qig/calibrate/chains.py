@@ -24,6 +24,10 @@ class _Stop(Exception):
     """The last block has been reached."""
 
 
+class NotRun(LookupError):
+    """A batch does not go through the chain (a text without an image, through a vision tower)."""
+
+
 class _Hidden:
     """Stands for the hidden state in a stored call."""
 
@@ -213,4 +217,6 @@ def capture_batch(root: nn.Module, batch: Batch, chain: Chain) -> list[Call]:
             root(*batch.args, **batch.kwargs)
         except _Stop:
             return calls
+    if not calls:
+        raise NotRun(f"the model does not run {chain.names[0]}")
     raise RuntimeError(f"the model ran only {len(calls)} of the blocks {chain.names[0]} .. {chain.names[-1]} on this batch")

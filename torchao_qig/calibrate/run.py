@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torchao_qig.calibrate import modality, ranks, resume, search
 from torchao_qig.calibrate.apply import grid_of, rounder
 from torchao_qig.calibrate.batches import Batch, read
 from torchao_qig.calibrate.block import CHEAP, DEAR, Block
-from torchao_qig.calibrate.chains import Chain, find_chains, quiet
+from torchao_qig.calibrate.chains import Chain, NotRun, find_chains, quiet
 from torchao_qig.calibrate.distort import Distortion, quantized_so_far
 from torchao_qig.calibrate.fold import Fold, FoldFinder, find_folds
 from torchao_qig.calibrate.groups import Group, join, labels, linears_in
@@ -128,8 +128,11 @@ class Run:
         self.steps = {}
         stream = Stream(self.model, chain, device, Store(self.config.max_host_memory))
         for batch in batches:
-            with _naming(self.model, batch):
+            with _naming(self.model, batch), suppress(NotRun):
                 stream.add(batch, self.config.micro_batch)
+        if not ranks.all_agree(bool(stream.pieces)):
+            self._leave(chain, plan)
+            return
         self._number_samples(stream)
         self.cuttable = stream.cuttable
         if self.config.sensitivity == "modality":
@@ -154,6 +157,12 @@ class Run:
                     progress.save(index + 1, self._block_result(name), hidden, {"searched": self.searched, "steps": self.steps, "ran": sorted(self.ran)})
         self._keep_modality(stream)
         self._count_files(stream.store)
+
+    def _leave(self, chain: Chain, plan: Plan) -> None:
+        """No batch goes through this chain: its linears stay. (A linear may also be used without being called.)"""
+        idle = {n for n in plan.linears if any(n == c or n.startswith(f"{c}.") for c in chain.names)}
+        plan.linears -= idle
+        logger.warning("left as they are, since no batch runs them: %s", ", ".join(sorted(idle)))
 
     def _count_files(self, store: Store) -> None:
         self.found.stats["activation_bytes_in_files"] = self.found.stats.get("activation_bytes_in_files", 0) + store.filed
