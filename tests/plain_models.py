@@ -102,6 +102,51 @@ class ParallelBlock(nn.Module):
         return x + self.attention(y)[0] + self.mlp(y)
 
 
+class InPlaceBlock(nn.Module):
+    """Writes into what its modules have put out, and into its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention, self.fc1, self.fc2 = nn.LayerNorm(WIDTH), Attention(), nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        out = self.fc2(self.act(self.fc1(y)))
+        out += self.attention(y)[0]
+        x += out
+        return x
+
+
+class CrossBlock(nn.Module):
+    """Keys and values of other tokens, and a linear that does more than multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.attention, self.odd, self.mlp = nn.Linear(WIDTH, WIDTH), CrossAttention(), OddLinear(WIDTH, WIDTH), MLP()
+        self.memory = nn.Parameter(torch.randn(1, 5, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.q(x), self.memory.expand(len(x), -1, -1))
+        x = x + self.odd(x)[0]
+        return x + self.mlp(x)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, q: Tensor, memory: Tensor) -> Tensor:
+        return self.o(F.scaled_dot_product_attention(q, self.k(memory), self.v(memory)))
+
+
+class OddLinear(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y.tanh(), y
+
+
 class GatedBlock(nn.Module):
     """A norm whose output also goes where nothing is quantized."""
 

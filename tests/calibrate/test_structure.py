@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchao.quantization import quantize_
 
 import torchao_qig
-from tests.plain_models import MLP, WIDTH, Block, Decoder, Experts, GatedBlock, OuterResidual, ParallelBlock, RMSNorm, tokens
+from tests.plain_models import MLP, WIDTH, Block, CrossBlock, Decoder, Experts, GatedBlock, InPlaceBlock, OuterResidual, ParallelBlock, RMSNorm, tokens
 from tests.tiny_models import VLMS, gemma3, llama, qwen3_moe
 from torchao_qig import PackedIntTensor, QIGWeightOnlyConfig
 from torchao_qig.calibrate.apply import changes, commit
@@ -217,6 +217,38 @@ def _only_scale(model: nn.Module, found: torchao_qig.Calibration, targets: dict[
         commit(changes(model, found, targets, simulate=True))
     finally:
         apply.rounder = original
+
+
+def test_blocks_that_write_in_place() -> None:
+    """What was recorded is what ran: the same as for the same function without in-place operations."""
+    model, batch = Decoder(InPlaceBlock), {"input_ids": tokens()}
+    copied = copy.deepcopy(model)
+    for block in copied.blocks:
+        block.__class__ = WrittenOut
+        block.act = nn.ReLU()
+    found, expected = calibrate(model, batch), calibrate(copied, batch)
+    assert list(found.groups) == list(expected.groups)
+    for label, group in found.groups.items():
+        torch.testing.assert_close(group.scale, expected.groups[label].scale)
+        assert group.losses == pytest.approx(expected.groups[label].losses, rel=1e-4)
+
+
+class WrittenOut(InPlaceBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + (self.fc2(self.act(self.fc1(y))) + self.attention(y)[0])
+
+
+def test_cross_attention_and_odd_linears(caplog: pytest.LogCaptureFixture) -> None:
+    """Keys and values of a memory stand alone; a linear that does more is left as it is, and named."""
+    model, batch = Decoder(CrossBlock), {"input_ids": tokens()}
+    found = calibrate(model, batch)
+    assert {"blocks.0.attention.k", "blocks.0.attention.v", "blocks.0.q"} <= set(found.groups)
+    assert "blocks.0.odd" not in found.grids
+    assert "do more than a linear: blocks.0.odd" in caplog.text
+    assert len(found.token_weights("blocks.0.attention.k").weights[0]) == 5
+    quantize_(model, QUICK(calib=found))
+    assert torch.isfinite(model(tokens())).all()
 
 
 # Mixtures of experts

@@ -16,7 +16,7 @@ from torchao_qig.calibrate.batches import Tokens
 from torchao_qig.calibrate.groups import Group, find_groups
 from torchao_qig.calibrate.observer import Call, Observer, Seen, first_tensor, patched, replica
 from torchao_qig.calibrate.store import Store
-from torchao_qig.calibrate.stream import Stream, cast
+from torchao_qig.calibrate.stream import Piece, Stream, cast, fresh
 from torchao_qig.calibrate.tokens import Layout, layout
 from torchao_qig.calibrate.work import Part, Work, around, known, subset
 from torchao_qig.config import QIGWeightOnlyConfig
@@ -47,15 +47,15 @@ class Block:
         self.exact = replica(module, self.device, self.main_dtype)
         self.quick = self.exact if wider else replica(module, self.device, dtype)
         self.works: list[Work] = []
+        self.copies = False
+        self.odd: set[str] = set()  # linears that are no plain products
         self.store = Store(stream.store.limit)
         self._rounded: dict[str, Tensor] = {}
 
     def observe(self) -> None:
         """Run all pieces through the block, keep what its groups saw, and move the stream on."""
         for number, piece in enumerate(self.stream.pieces):
-            call = cast(self.stream.call(piece), self.device, self.main_dtype, self.model_dtype)
-            with torch.no_grad(), Observer(self.exact, list(self.rounders)) as observed:
-                out = self.exact(*call.args, **call.kwargs)
+            observed, out = self._watch(piece)
             self._find_new_groups(observed)
             for work in self.works:
                 for seen in observed.seen(work.group.inspected, work.group.linears):
@@ -64,12 +64,21 @@ class Block:
         mine = {work.group: work for work in self.works}  # other ranks may have seen experts that this one has not
         self.works = [mine.get(group) or Work(group) for group in dict.fromkeys(g for groups in ranks.gathered(list(mine)) for g in groups)]
 
+    def _watch(self, piece: Piece) -> tuple[Observer, object]:
+        call = cast(self.stream.call(piece), self.device, self.main_dtype, self.model_dtype)
+        with torch.no_grad(), Observer(self.exact, list(self.rounders), self.copies) as observed:
+            out = self.exact(*call.args, **call.kwargs)
+        if observed.stale:  # the block writes into what it has made: from now on copies are taken
+            self.copies = True
+            return self._watch(piece)
+        return observed, out
+
     def _find_new_groups(self, observed: Observer) -> None:
         """Groups of linears that have not run before (experts that no earlier token was sent to)."""
         known = {name for work in self.works for name in work.group.linears}
-        for group in find_groups(observed):
-            if not known & set(group.linears):
-                self.works.append(Work(group))
+        groups = find_groups(observed)
+        self.odd |= set(observed.inputs) - {name for group in groups for name in group.linears}
+        self.works += [Work(group) for group in groups if not known & set(group.linears)]
 
     def _take(self, work: Work, seen: Seen, number: int, tokens: Tokens, around: list[Tensor]) -> None:
         if not seen.x.numel():
@@ -105,6 +114,9 @@ class Block:
 
     def _inspect(self, group: Group, call: Call, forwards: dict[str, Callable[[Tensor], Tensor]], place: Layout) -> Tensor:
         """The inspected module's output, (B, T, channels), with these forwards for some of its linears."""
+        if self.copies:  # nothing of ours is to be written into
+            call = fresh(call)
+            forwards = {name: _cloning(forward) for name, forward in forwards.items()}
         with patched({self.quick.get_submodule(name): forward for name, forward in forwards.items()}):
             return place.view(first_tensor(self.quick.get_submodule(group.inspected)(*call.args, **call.kwargs)))
 
@@ -286,6 +298,10 @@ class Block:
             assert part.weights is not None
             total += search.gram(part.layout.view(part.seen.x.to(self.device)), part.layout.from_grid(part.weights))
         return total
+
+
+def _cloning(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: forward(x).clone()
 
 
 def _returning(y: Tensor) -> Callable[[Tensor], Tensor]:

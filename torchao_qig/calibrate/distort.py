@@ -46,7 +46,7 @@ class Distortion:
         work.total, work.count = None, 0.0
         for number in sorted({part.piece for part in work.parts}):
             call = self._call(block, number)
-            with torch.no_grad(), Observer(bent, list(work.group.linears)) as observed:
+            with torch.no_grad(), Observer(bent, list(work.group.linears), block.copies) as observed:
                 bent(*call.args, **call.kwargs)
             parts = [part for part in work.parts if part.piece == number]
             for part, seen in zip(parts, observed.seen(work.group.inspected, work.group.linears), strict=True):

@@ -7,9 +7,10 @@ linear itself when alone): its output shows the group's error. A linear that run
 from collections import Counter
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from torchao_qig.calibrate.observer import Observer
+from torchao_qig.calibrate.observer import Observer, first_tensor
 
 
 class Group(NamedTuple):
@@ -25,11 +26,6 @@ class Group(NamedTuple):
         return self.inspected == self.linears[0]
 
 
-def _identity(x: Tensor) -> tuple[object, ...]:
-    """Equal for the same tensor and for reshaped views of it, while it lives."""
-    return (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1], x.dtype, x._version if not x.is_inference() else 0)
-
-
 def _ancestor(names: list[str], ran: set[str]) -> str:
     common = names[0].split(".")
     for name in names[1:]:
@@ -43,16 +39,35 @@ def _ancestor(names: list[str], ran: set[str]) -> str:
 def find_groups(observed: Observer) -> list[Group]:
     """The groups of the block that `observed` watched, in the order in which they ran."""
     by_input: dict[object, list[str]] = {}
-    for name, inputs in observed.inputs.items():
-        key = _identity(inputs[0]) if len(inputs) == 1 else name
+    plain = {name: inputs for name, inputs in observed.inputs.items() if _multiplies(observed, name)}
+    for name, inputs in plain.items():
+        key = observed.keys[name][0] if len(inputs) == 1 else name
         by_input.setdefault(key, []).append(name)
     ran = {name for name, calls in observed.calls.items() if len(calls) == 1}
     groups = []
     for names in by_input.values():
         inspected = names[0] if len(names) == 1 else _ancestor(names, ran)
-        inside = [n for n in observed.inputs if n == inspected or not inspected or n.startswith(f"{inspected}.")]
+        if len(names) > 1 and _rows(first_tensor(observed.calls[inspected][0][1])) != _rows(plain[names[0]][0]):
+            groups += [Group((n,), n, (n,)) for n in names]  # cross-attention: keys and values of other tokens than the output's
+            continue
+        inside = [n for n in plain if n == inspected or not inspected or n.startswith(f"{inspected}.")]
         groups.append(Group(tuple(names), inspected, tuple(inside)))
     return groups
+
+
+def _rows(t: Tensor) -> int:
+    return t.shape[:-1].numel()
+
+
+def _multiplies(observed: Observer, name: str) -> bool:
+    """Whether a linear does nothing but multiply and add; classes derived from `nn.Linear` may do more (Llama 4's router)."""
+    linear, x, out = observed.block.get_submodule(name), observed.inputs[name][0], observed.calls[name][0][1]
+    if not isinstance(linear, nn.Linear) or not isinstance(out, Tensor) or out.shape != (*x.shape[:-1], linear.out_features):
+        return False
+    if type(linear) is nn.Linear or not x.numel():
+        return True
+    with torch.no_grad():
+        return torch.allclose(out.float(), nn.functional.linear(x, linear.weight, linear.bias).float(), rtol=1e-2, atol=1e-2 * float(out.abs().max()))
 
 
 def labels(groups: list[Group], block: str) -> list[str]:

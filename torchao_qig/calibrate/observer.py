@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 class Call(NamedTuple):
@@ -78,25 +79,40 @@ def patched(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
                 module.forward = own
 
 
+def identity(x: Tensor) -> tuple[object, ...]:
+    """Equal for the same tensor and for reshaped views of it, while it lives and nothing is written into it."""
+    return (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1] if x.dim() else 0, x.dtype, _version(x))
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
 class Observer:
     """Hooks on a block: inputs of `linears`, and calls and outputs of every module that contains some of them.
 
-    Use as a context manager around one forward pass; a second pass starts afresh.
+    Use as a context manager around one forward pass; a second pass starts afresh. Tensors are noted, not copied; `stale` tells
+    whether something was written into one of them later (`x += y`), which asks for another pass with `copies=True`.
     """
 
-    def __init__(self, block: nn.Module, linears: list[str]) -> None:
+    def __init__(self, block: nn.Module, linears: list[str], copies: bool = False) -> None:
         self.inputs: dict[str, list[Tensor]] = {}
+        self.keys: dict[str, list[tuple[object, ...]]] = {}  # identity of the inputs
         self.calls: dict[str, list[tuple[Call, Any]]] = {}
-        self._block, self._linears = block, linears
+        self.block, self.copies, self._linears = block, copies, linears
         self._watched = {prefix for name in linears for prefix in _prefixes(name)}
         self._handles: list[Any] = []
+        self._noted: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}  # identity -> original (kept alive), what is kept
+        self._running: list[Call] = []
 
     def __enter__(self) -> "Observer":
-        self.inputs, self.calls = {}, {}
+        self.inputs, self.keys, self.calls, self._noted = {}, {}, {}, {}
         for name in self._linears:
-            self._handles.append(self._block.get_submodule(name).register_forward_pre_hook(self._input_hook(name)))
+            self._handles.append(self.block.get_submodule(name).register_forward_pre_hook(self._input_hook(name)))
         for name in self._watched:
-            self._handles.append(self._block.get_submodule(name).register_forward_hook(self._call_hook(name), with_kwargs=True))
+            module = self.block.get_submodule(name)
+            self._handles.append(module.register_forward_pre_hook(self._start, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._end_hook(name)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,15 +120,35 @@ class Observer:
             handle.remove()
         self._handles.clear()
 
+    @property
+    def stale(self) -> bool:
+        return not self.copies and any(key[-1] != _version(original) for key, (original, _) in self._noted.items())
+
+    def _note(self, tree: Any) -> Any:
+        def one(t: Any) -> Any:
+            if not isinstance(t, Tensor):
+                return t
+            key = (*identity(t), tuple(t.shape))
+            key = (*key[:5], key[6], key[5])  # the version last
+            if key not in self._noted:
+                self._noted[key] = (t, t.detach().clone() if self.copies else t.detach())
+            return self._noted[key][1]
+
+        return tree_map(one, tree)
+
     def _input_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.inputs.setdefault(name, []).append(args[0].detach())
+            self.inputs.setdefault(name, []).append(self._note(args[0]))
+            self.keys.setdefault(name, []).append(identity(args[0]))
 
         return hook
 
-    def _call_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            self.calls.setdefault(name, []).append((Call(args, kwargs), out))
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._running.append(Call(self._note(args), self._note(kwargs)))
+
+    def _end_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            self.calls.setdefault(name, []).append((self._running.pop(), self._note(out)))
 
         return hook
 

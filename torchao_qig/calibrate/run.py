@@ -25,7 +25,7 @@ from torchao_qig.calibrate.observer import first_tensor, replica
 from torchao_qig.calibrate.plan import Plan, choose
 from torchao_qig.calibrate.result import MODALITIES, Calibration, GroupResult
 from torchao_qig.calibrate.store import Store
-from torchao_qig.calibrate.stream import Piece, Stream, cast
+from torchao_qig.calibrate.stream import Piece, Stream, cast, fresh
 from torchao_qig.calibrate.work import Work
 from torchao_qig.config import QIGWeightOnlyConfig
 
@@ -258,6 +258,9 @@ class Run:
         folds_of = self._folds(block, module, sample, list(mine)) if sample else None
         block.observe()
         self.ran |= {join(name, n) for w in block.works for n in w.group.linears}
+        if block.odd:
+            plan.linears -= {join(name, n) for n in block.odd}
+            logger.warning("left as they are, since they do more than a linear: %s", ", ".join(join(name, n) for n in sorted(block.odd)))
         if folds_of is None:
             return None
         groups = [w.group for w in block.works]
@@ -364,4 +367,5 @@ class _SmallRun:
             self.hidden = self.hidden.to(stream.device, torch.float32)
 
     def run(self, block: nn.Module) -> Tensor:
-        return first_tensor(block(*self.call.args, **self.call.kwargs)).float()
+        call = fresh(self.call)
+        return first_tensor(block(*call.args, **call.kwargs)).float()

@@ -49,6 +49,11 @@ def cast(tree: Any, device: torch.device, dtype: torch.dtype | None, only: torch
     return tree_map(one, tree)
 
 
+def fresh(tree: Any) -> Any:
+    """Copies of all tensors: a block may write into its input."""
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tree)
+
+
 @dataclass
 class Piece:
     """Some samples of one batch: what is computed at once."""
@@ -131,7 +136,7 @@ class Stream:
         return bool(((alone - together[rows]).abs() <= allowed).all())
 
     def _run(self, block: nn.Module, call: Call, hidden: Tensor | None) -> Any:
-        call = cast(call if hidden is None else with_hidden(call, hidden), self.device, None)
+        call = fresh(cast(call if hidden is None else with_hidden(call, hidden), self.device, None))
         return block(*call.args, **call.kwargs)
 
     def call(self, piece: Piece, rows: list[int] | None = None, hidden: Any = None) -> Call:
@@ -140,7 +145,7 @@ class Stream:
         call = cut(self._calls[piece.batch][self.at], chosen, piece.size)
         if not self.chain.whole_model:
             hidden = piece.hidden if hidden is None else hidden
-            call = with_hidden(call, hidden if rows is None or rows == list(range(len(piece.rows))) else hidden[rows])
+            call = with_hidden(call, hidden.clone() if rows is None else hidden[rows])  # a block may write into its input
         return cast(call, self.device, None)
 
     def advance(self, piece: Piece, out: Any) -> None:

@@ -107,6 +107,15 @@ implements(aten.select.int)(_view(_select))
 implements(aten.narrow.default)(_view(lambda w, dim, start, length: _slice(w, dim, start, start + length)))
 
 
+@implements(aten.permute.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    w, count = args[0], args[0].dim()
+    dims = [d % count for d in args[1]]
+    if sorted(dims) != list(range(count)) or dims[:-2] != list(range(count - 2)):
+        raise ValueError(f"permute({list(args[1])}): only the last two dimensions of a packed weight can be exchanged")
+    return return_and_correct_aliasing(func, args, kwargs, w.flipped() if dims[-1] < dims[-2] else w.with_data(_same))
+
+
 @implements(aten.transpose.int)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     w, a, b = args
