@@ -15,6 +15,7 @@ ORDER = [
     "workflow",
     "calibrate.run",
     "calibrate.resume",
+    "calibrate.gather",
     "calibrate.modality",
     "calibrate.distort",
     "calibrate.block",

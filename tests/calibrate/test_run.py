@@ -2,26 +2,21 @@
 
 import copy
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import torchao_qig
-from tests.plain_models import Block, Decoder, Experts, tokens
+from tests.plain_models import Block, Decoder, tokens
 from tests.tiny_models import llava_onevision, qwen2
 from torchao_qig import Calibration, QIGWeightOnlyConfig
 from torchao_qig.calibrate.result import MODALITIES
-from torchao_qig.calibrate.run import Run
 
 QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=16, grid=6, verbose=False)
 
@@ -267,89 +262,6 @@ def test_bad_loaders_leave_the_model_alone(loader: Any, error: type[Exception], 
     with pytest.raises(error, match=message):
         calibrate(model, loader)
     assert_untouched(model, before)
-
-
-# Resuming, spilling, ranks
-
-
-@pytest.mark.parametrize("settings", [{}, {"propagate_error": True}], ids=["original inputs", "quantized inputs"])
-def test_interrupted_and_continued(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in every block in turn and started again: the same bits as in one go, and finished blocks are not redone."""
-    model, batches = build(3), [tokens(3, 9), tokens(2, 6)]
-    expected = calibrate(model, batches, **settings)
-    original, ran = Run._run_block, []
-
-    def stopping(self: Run, name: str, *args: Any) -> Any:
-        ran.append(name)
-        if ran.count(name) == 1:
-            raise KeyboardInterrupt
-        return original(self, name, *args)
-
-    monkeypatch.setattr(Run, "_run_block", stopping)
-    before = state_of(model)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(model, batches, checkpoint_dir=tmp_path, **settings)
-        assert_untouched(model, before)
-    assert_same(calibrate(model, batches, checkpoint_dir=tmp_path, **settings), expected, exactly=True)
-    assert ran == ["blocks.0", "blocks.0", "blocks.1", "blocks.1", "blocks.2", "blocks.2"]
-
-
-def test_killed_and_continued(tmp_path: Path) -> None:
-    """The process dies without a chance to tidy up; another one goes on."""
-    killed = (
-        "import os, sys; from tests.calibrate.test_run import *\n"
-        "original = Run._run_block\n"
-        "Run._run_block = lambda self, name, *a: os._exit(9) if name == 'blocks.1' else original(self, name, *a)\n"
-        "torch.set_num_threads(1); calibrate(build(3), [tokens(3, 9)], checkpoint_dir=sys.argv[1])"
-    )
-    done = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False, capture_output=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 9
-    assert (tmp_path / "blocks.0" / "manifest.json").exists()
-    assert_same(calibrate(build(3), [tokens(3, 9)], checkpoint_dir=tmp_path), calibrate(build(3), [tokens(3, 9)]), exactly=True)
-
-
-@pytest.mark.parametrize("change", ["settings", "model", "data"])
-def test_checkpoint_of_another_calibration(change: str, tmp_path: Path) -> None:
-    """Named, and never used."""
-    model, batches = build(), [tokens(3, 9)]
-    calibrate(model, batches, checkpoint_dir=tmp_path)
-    if change == "model":
-        model.blocks[0].mlp.up.weight.data[0, 0] += 1
-    with pytest.raises(ValueError, match=rf"checkpoint_dir=.*\({change} was"):
-        calibrate(model, [tokens(3, 9, 8)] if change == "data" else batches, checkpoint_dir=tmp_path, bits=4 if change == "settings" else 3)
-
-
-@pytest.mark.parametrize("limit", [0, 1000])
-def test_activations_in_files(limit: int) -> None:
-    model, batches = build(), [tokens(3, 9), tokens(2, 6)]
-    found = calibrate(model, batches, max_host_memory=limit)
-    assert_same(found, calibrate(model, batches), exactly=True)
-    assert found.stats["activation_bytes_in_files"] > 0
-    assert found.stats["peak_host_bytes"] > 0
-
-
-def _rank(rank: int, world: int, directory: str, batches: list[Tensor], experts: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
-    calibrate(expert_model() if experts else build(), batches).save(f"{directory}/{rank}")
-    dist.destroy_process_group()
-
-
-def expert_model() -> nn.Module:
-    torch.manual_seed(1)
-    return Decoder(partial(Block, mlp=Experts), layers=1)
-
-
-@pytest.mark.parametrize(("world", "experts"), [(2, False), (3, False), (2, True)])
-def test_ranks(world: int, experts: bool, tmp_path: Path) -> None:
-    """Samples split over ranks: every rank ends with what one would have found."""
-    batches = [tokens(2, 8, 1), tokens(3, 6, 2), tokens(1, 9, 3), tokens(2, 5, 4)]
-    mp.spawn(_rank, (world, str(tmp_path), batches, experts), nprocs=world)
-    alone = calibrate(expert_model() if experts else build(), batches)
-    for rank in range(world):
-        assert_same(Calibration.load(tmp_path / str(rank)), alone)
-        assert len(Calibration.load(tmp_path / str(rank)).modality) == 8
 
 
 # The result

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,3 +150,14 @@ def read(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
         yield as_batch(model, item, single, number)
     if empty:
         raise ValueError("calib: the loader yielded no batch; pass at least one (a generator can be read only once)")
+
+
+@contextmanager
+def naming(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """An error of the model's forward says which batch it was. (Out of memory stays what it is.)"""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise ValueError(f"calib: {type(model).__name__} cannot run batch {batch.number}: {error}. The model is unchanged.") from error

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchao_qig.calibrate.groups import Group
 from torchao_qig.calibrate.observer import Observer, first_tensor, patched, replica
+from torchao_qig.calibrate.stream import Stream, cast, fresh
 
 TOLERANCE = 1e-4  # of the block's own change of its input, in float32
 Run = Callable[[nn.Module], Tensor]
@@ -171,3 +172,20 @@ def find_folds(finder: FoldFinder, groups: list[Group], hint: dict[Group, Fold |
         if runs_here and finder.exact(known):
             return {g: hint[g] for g in groups}
     return {g: finder.find(g) for g in groups}
+
+
+class SmallRun:
+    """Replays a block on one sample, in float32; holds on to the inputs that the stream has now."""
+
+    def __init__(self, stream: Stream) -> None:
+        piece = stream.pieces[0]
+        rows = [0] if stream.can_cut(piece) else None
+        self.call = cast(stream.call(piece, rows), stream.device, torch.float32)
+        self.hidden = None
+        if piece.hidden is not None:
+            self.hidden = piece.hidden[rows] if rows else piece.hidden
+            self.hidden = self.hidden.to(stream.device, torch.float32)
+
+    def run(self, block: nn.Module) -> Tensor:
+        call = fresh(self.call)
+        return first_tensor(block(*call.args, **call.kwargs)).float()

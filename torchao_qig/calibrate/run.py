@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchao_qig.calibrate import modality, ranks, resume, search
+from torchao_qig.calibrate import gather, modality, ranks, resume, search
 from torchao_qig.calibrate.apply import grid_of, rounder
-from torchao_qig.calibrate.batches import Batch, read
+from torchao_qig.calibrate.batches import Batch, naming, read
 from torchao_qig.calibrate.block import CHEAP, DEAR, Block
 from torchao_qig.calibrate.chains import Chain, NotRun, find_chains, quiet
 from torchao_qig.calibrate.distort import Distortion, quantized_so_far
-from torchao_qig.calibrate.fold import Fold, FoldFinder, find_folds
+from torchao_qig.calibrate.fold import Fold, FoldFinder, SmallRun, find_folds
 from torchao_qig.calibrate.groups import Group, join, labels, linears_in
-from torchao_qig.calibrate.observer import first_tensor, replica
+from torchao_qig.calibrate.observer import replica
 from torchao_qig.calibrate.plan import Plan, choose
-from torchao_qig.calibrate.result import MODALITIES, Calibration, GroupResult
+from torchao_qig.calibrate.result import Calibration, GroupResult
 from torchao_qig.calibrate.store import Store
-from torchao_qig.calibrate.stream import Piece, Stream, cast, fresh
+from torchao_qig.calibrate.stream import Piece, Stream
 from torchao_qig.calibrate.work import Work
 from torchao_qig.config import QIGWeightOnlyConfig
 
@@ -56,17 +56,6 @@ def calibrate_linears(model: nn.Module, loader: Iterable[Any], config: QIGWeight
         return Run(model, config, linears).run(loader)
 
 
-@contextmanager
-def _naming(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """An error of the model's forward says which batch it was. (Out of memory stays what it is.)"""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise ValueError(f"calib: {type(model).__name__} cannot run batch {batch.number}: {error}. The model is unchanged.") from error
-
-
 class Run:
     """One calibration."""
 
@@ -92,7 +81,7 @@ class Run:
     def run(self, loader: Iterable[Any]) -> Calibration:
         batches = self._mine(loader)
         first = next(batches)
-        with _naming(self.model, first):
+        with naming(self.model, first):
             chains = find_chains(self.model, first)
         plan = choose(self.model, chains, self.linears, self.config)
         logger.info("%s", plan)
@@ -128,7 +117,7 @@ class Run:
         self.steps = {}
         stream = Stream(self.model, chain, device, Store(self.config.max_host_memory))
         for batch in batches:
-            with _naming(self.model, batch), suppress(NotRun):
+            with naming(self.model, batch), suppress(NotRun):
                 stream.add(batch, self.config.micro_batch)
         if not ranks.all_agree(bool(stream.pieces)):
             self._leave(chain, plan)
@@ -155,7 +144,7 @@ class Run:
                 if progress is not None and index >= done:
                     hidden = self._hidden(stream)
                     progress.save(index + 1, self._block_result(name), hidden, {"searched": self.searched, "steps": self.steps, "ran": sorted(self.ran)})
-        self._keep_modality(stream)
+        self.found.modality = gather.modalities(stream.pieces) or self.found.modality
         self._count_files(stream.store)
 
     def _leave(self, chain: Chain, plan: Plan) -> None:
@@ -254,7 +243,7 @@ class Run:
         mine = {n: self.linears[join(name, n)] for n in linears_in(module) if join(name, n) in plan.linears}
         rounders = {n: rounder(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()}
         block = Block(module, rounders, stream, self.config, self._compute_dtype(stream.device), self.steps)
-        sample = _SmallRun(stream) if mine else None
+        sample = SmallRun(stream) if mine else None
         folds_of = self._folds(block, module, sample, list(mine)) if sample else None
         block.observe()
         self.ran |= {join(name, n) for w in block.works for n in w.group.linears}
@@ -278,7 +267,7 @@ class Run:
         before, after = (sum(losses) for losses in zip(*((r.rounding_loss, r.loss) for r in results), strict=True)) if results else (0.0, 0.0)
         return after / before - 1 if before > 0 else None
 
-    def _folds(self, block: Block, module: nn.Module, sample: "_SmallRun", mine: list[str]) -> Callable[[list[Group]], dict[Group, Fold | None]]:
+    def _folds(self, block: Block, module: nn.Module, sample: SmallRun, mine: list[str]) -> Callable[[list[Group]], dict[Group, Fold | None]]:
         """To be called before the stream moves on: it replays the block on one sample."""
         if not self.config.fold:
             return lambda groups: dict.fromkeys(groups)
@@ -304,7 +293,9 @@ class Run:
             self.distortion.feed(block, bent, work)
         x_mean = work.x_mean(block.weight(work.group.linears[0]).shape[1], block.device)
         winner, losses = block.search(work, x_mean, self._part(pieces, block.share(work.group)))
-        self._keep_tokens(work, label, pieces)
+        weights = gather.token_weights(work, pieces)
+        if weights is not None:
+            self.found.tokens[label], self.found.completeness[label] = weights
         ratio = search.ratios(self.config.grid)[winner]
         result = GroupResult(
             label=label, block=block_name, linears=[join(block_name, n) for n in work.group.linears], inspected=join(block_name, work.group.inspected),
@@ -313,34 +304,6 @@ class Run:
         )  # fmt: skip
         self.found.groups[label] = result
         return result
-
-    def _keep_tokens(self, work: Work, label: str, pieces: list[Piece]) -> None:
-        """Token weights per sample, from all ranks, in the loader's order."""
-        mine: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for p in work.parts:
-            piece = pieces[p.piece]
-            if p.weights is None or p.weights.shape[0] != len(piece.rows):
-                continue
-            error = p.completeness if p.completeness is not None else torch.full((1,), torch.nan)
-            error = error if len(error) == len(piece.rows) else error.expand(len(piece.rows))
-            mine |= {(piece.batch, row): (w.cpu(), e.cpu()) for row, w, e in zip(piece.rows, p.weights, error, strict=True)}
-        every = {key: value for part in ranks.gathered(mine) for key, value in part.items()}
-        if every:
-            self.found.tokens[label] = [every[key][0] for key in sorted(every)]
-            self.found.completeness[label] = torch.stack([every[key][1] for key in sorted(every)])
-
-    def _keep_modality(self, stream: Stream) -> None:
-        mine: dict[tuple[int, int], Tensor] = {}
-        for p in stream.pieces:
-            if p.tokens.counted is not None:
-                kinds = p.tokens.counted.to(torch.uint8) * MODALITIES["text"]
-                for mask, kind in ((p.tokens.answer, "answer"), (p.tokens.vision, "vision")):
-                    if mask is not None:
-                        kinds = torch.where(mask & p.tokens.counted, MODALITIES[kind], kinds)
-                mine |= {(p.batch, row): k for row, k in zip(p.rows, kinds.to(torch.uint8), strict=True)}
-        every = {key: value for part in ranks.gathered(mine) for key, value in part.items()}
-        if every:
-            self.found.modality = [every[key] for key in sorted(every)]
 
     def _describe(self) -> None:
         stats = self.found.stats
@@ -352,20 +315,3 @@ class Run:
         if accelerator is not None:
             stats["peak_device_bytes"] = torch.accelerator.max_memory_allocated()
         stats["versions"] = {"torch": torch.__version__}
-
-
-class _SmallRun:
-    """Replays a block on one sample, in float32; holds on to the inputs that the stream has now."""
-
-    def __init__(self, stream: Stream) -> None:
-        piece = stream.pieces[0]
-        rows = [0] if stream.can_cut(piece) else None
-        self.call = cast(stream.call(piece, rows), stream.device, torch.float32)
-        self.hidden = None
-        if piece.hidden is not None:
-            self.hidden = piece.hidden[rows] if rows else piece.hidden
-            self.hidden = self.hidden.to(stream.device, torch.float32)
-
-    def run(self, block: nn.Module) -> Tensor:
-        call = fresh(self.call)
-        return first_tensor(block(*call.args, **call.kwargs)).float()

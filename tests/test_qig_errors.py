@@ -1,0 +1,118 @@
+"""`quantize_(model, QIGWeightOnlyConfig(...))`: errors name what to do and leave the model whole."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import quantize_
+
+import torchao_qig
+from tests.test_qig import QUICK, assert_whole, packed, plain
+from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 0}, "bits=0"), ({"group_size": 12}, "group_size=12"), ({"sensitivity": "attention"}, "sensitivity='attention'"),
+        ({"loss": "mape"}, "loss='mape'"), ({"grid": 0}, "grid=0"), ({"steps": -1}, "steps=-1"), ({"quadrature": "simpson"}, "quadrature='simpson'"),
+        ({"search": "fast"}, "search='fast'"), ({"step": "go"}, "step='go'"), ({"modules": "visual"}, "modules='visual'"),
+        ({"base_config": 4}, "base_config=4"), ({"fold": False, "pre_scale": False}, "nowhere to put a scale"), ({"micro_batch": 0}, "micro_batch=0"),
+        ({"warmup_groups": None}, "warmup_groups=None"), ({"compute_dtype": torch.int8}, "compute_dtype=torch.int8"),
+        ({"step": "prepare", "calib": []}, "step='prepare'"),
+    ],
+)  # fmt: skip
+def test_bad_settings(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QIGWeightOnlyConfig(**arguments)
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("at", [1, 3])
+def test_failing_call_leaves_the_model_whole(error: type[BaseException], at: int) -> None:
+    """Whatever happens in the middle of the calibration, and a second try then works."""
+    model, inputs = plain()
+    before, tried = copy.deepcopy(model.state_dict()), []
+
+    def loader() -> Any:
+        for number in range(4):
+            tried.append(number)
+            if number == at:
+                raise error("stop")
+            yield inputs
+
+    with pytest.raises(error):
+        quantize_(model, QUICK(calib=loader()))
+    assert_whole(model, before)
+    quantize_(model, QUICK(calib=[inputs]))
+    assert len(packed(model)) == 14
+
+
+def test_failure_while_packing_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = plain()
+    before, made = copy.deepcopy(model.state_dict()), []
+    original = PackedIntTensor.from_codes.__func__
+
+    def failing(cls: Any, *args: Any) -> Any:
+        made.append(1)
+        if len(made) == 5:
+            raise MemoryError
+        return original(cls, *args)
+
+    monkeypatch.setattr(PackedIntTensor, "from_codes", classmethod(failing))
+    with pytest.raises(MemoryError):
+        quantize_(model, QUICK(calib=[inputs]))
+    assert_whole(model, before)
+
+
+def _nan(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.blocks[1].mlp.up.weight[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, i: quantize_(m, QUICK(step="convert")), RuntimeError, "nothing was recorded"),
+        (lambda m, i: quantize_(m, QUICK(calib=[i]), filter_fn=lambda m, n: False), ValueError, "nothing to quantize"),
+        (lambda m, i: quantize_(m, QUICK(calib=[i]), filter_fn=lambda m, n: n == "head"), ValueError, "modules="),
+        (lambda m, i: quantize_(m, QUICK(calib=[i], group_size=48)), ValueError, "group_size=48 does not divide"),
+        (lambda m, i: quantize_(m, QUICK(calib=[i], model=nn.Linear(2, 2))), ValueError, "does not contain the modules"),
+        (lambda m, i: quantize_(m, QUICK(calib=torchao_qig.calibrate(m, [i], QUICK(bits=4)))), ValueError, "calibrated for"),
+        (lambda m, i: quantize_(m, QUICK(calib=Calibration())), ValueError, "covers none"),
+        (lambda m, i: quantize_(m, QUICK(calib=i)), TypeError, "one batch goes into a list"),
+        (lambda m, i: (_nan(m), quantize_(m, QUICK(calib=[i]))), ValueError, r"blocks\.1\.mlp\.up: the weight contains NaN"),
+    ],
+)
+def test_bad_calls(call: Callable[[nn.Module, Any], Any], error: type[Exception], message: str) -> None:
+    model, inputs = plain()
+    if "NaN" in message:
+        _nan(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        call(model, inputs)
+    after = model.state_dict()
+    assert all(torch.equal(after[k].nan_to_num(), v.nan_to_num()) for k, v in before.items())
+
+
+def test_calibration_of_another_model() -> None:
+    model, inputs = plain()
+    found = torchao_qig.calibrate(model, [inputs], QUICK())
+    wider = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"attention": nn.ModuleDict({x: nn.Linear(64, 32) for x in "qkv"})})])})
+    with pytest.raises(ValueError, match="another model"):
+        quantize_(wider, QUICK(calib=found))
+    assert not packed(wider)
+
+
+def test_handler_called_directly() -> None:
+    from torchao_qig.workflow import qig_weight_only
+
+    with pytest.raises(RuntimeError, match=r"torchao_qig\.calibrate"):
+        qig_weight_only(nn.Linear(32, 32), QUICK(calib=[torch.ones(1, 32)]))
