@@ -109,6 +109,17 @@ def test_import_stays_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_rounding_without_data_stays_light() -> None:
+    """What a loader does with a saved config: no calibration is imported."""
+    check = (
+        "import sys, torch, torchao_qig; from torchao.quantization import quantize_;"
+        "quantize_(torch.nn.Sequential(torch.nn.Linear(64, 16)), torchao_qig.QIGWeightOnlyConfig(group_size=64, pre_scaled=True));"
+        "print([m for m in sys.modules if m.startswith('torchao_qig.calibrate')])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_another_torchao_fails_in_one_place() -> None:
     """A torchao that moved an internal is named with its version and the advice."""
     check = "import torchao.quantization.quant_api as q; del q._fqn_to_config_handler\nimport torchao_qig"

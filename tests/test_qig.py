@@ -225,11 +225,7 @@ def test_modules_names_more() -> None:
     assert {n.split(".")[3] for n in names if "language_model" in n} == {"0"}
     assert torch.isfinite(run(model, inputs)).all()
     with pytest.raises(ValueError, match=r"modules=.*no module 'nothing'"):
-        torchao_qig.calibrate(*_with([inputs], VLMS["qwen2_vl"]()[0]), QUICK(modules=["nothing"]))
-
-
-def _with(loader: Any, model: nn.Module) -> tuple[nn.Module, Any]:
-    return model, loader
+        torchao_qig.calibrate(VLMS["qwen2_vl"]()[0], [inputs], QUICK(modules=["nothing"]))
 
 
 @pytest.mark.parametrize("family", [*VLMS, "gemma3"])

@@ -153,11 +153,11 @@ def qig_weight_only(module: nn.Module, config: QIGWeightOnlyConfig, *, parameter
 
 
 def _uncalibrated(weight: Tensor, config: QIGWeightOnlyConfig) -> Tensor:
-    from torchao_qig.calibrate.apply import quantize_weight
-
-    if config.base_config is None and not torch.isfinite(weight).all():
-        raise ValueError("the weight contains NaN or infinity; repair or exclude this layer")
-    packed = quantize_weight(weight, config, weight.dtype)
+    """What loaders need, without importing calibration."""
+    if config.base_config is not None:
+        packed = _compat.quantized_weight(weight, config.base_config)
+    else:
+        packed = PackedIntTensor.from_hp(weight, config.bits, config.group_size, config.symmetric, config.dtype, config.official)
     if config.pre_scaled:
         packed.act_pre_scale = torch.ones(weight.shape[-1], dtype=weight.dtype, device=weight.device)
     return packed

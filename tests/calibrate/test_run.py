@@ -157,10 +157,6 @@ def test_coarse_search_is_close_to_the_exhaustive_one(loss: str) -> None:
 # The model and its surroundings
 
 
-class Watched(Exception):
-    pass
-
-
 def state_of(model: nn.Module) -> Any:
     hooks = sum(len(h) for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks))
     own = [sorted(m.__dict__) for m in model.modules()]

@@ -57,8 +57,7 @@ def quantize_weight(w: Tensor, config: QIGWeightOnlyConfig, dtype: torch.dtype) 
     """The packed form of a weight that carries its scales already."""
     if config.base_config is not None:
         return quantized_weight(w.to(dtype), config.base_config)
-    scale, zero = affine.choose_qparams(w, config.bits, config.group_size, config.symmetric, config.official, config.dtype or dtype)
-    return PackedIntTensor.from_codes(affine.quantize(w, scale, zero, config.bits, config.group_size), scale, zero, config.bits, config.group_size)
+    return PackedIntTensor.from_hp(w, config.bits, config.group_size, config.symmetric, config.dtype or dtype, config.official)
 
 
 def _frozen(t: Tensor) -> nn.Parameter:

@@ -83,7 +83,9 @@ class PackedIntTensor(TorchAOBaseTensor):
             self._verify(checksum)
 
     @classmethod
-    def from_hp(cls, weight: Tensor, bits: int, group_size: int = 128, symmetric: bool = False, dtype: torch.dtype | None = None) -> "PackedIntTensor":
+    def from_hp(
+        cls, weight: Tensor, bits: int, group_size: int = 128, symmetric: bool = False, dtype: torch.dtype | None = None, official: bool = False
+    ) -> "PackedIntTensor":
         """Round a dense weight (..., rows, columns) to nearest; `dtype` is that of the result (by default the weight's)."""
         affine.check_grid(bits, group_size, symmetric)
         if not weight.is_floating_point():
@@ -92,7 +94,7 @@ class PackedIntTensor(TorchAOBaseTensor):
             raise ValueError(f"weight.shape={tuple(weight.shape)}: need a non-empty matrix or a stack of them")
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError("the weight contains NaN or infinity; repair or exclude this layer")
-        scale, zero = affine.choose_qparams(weight, bits, group_size, symmetric, dtype=dtype)
+        scale, zero = affine.choose_qparams(weight, bits, group_size, symmetric, official, dtype)
         return cls.from_codes(affine.quantize(weight, scale, zero, bits, group_size), scale, zero, bits, group_size)
 
     @classmethod
