@@ -14,7 +14,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torchao.quantization import quantize_
 from torchao.testing import utils as torchao_suite  # the module: pytest would collect imported classes as upstream's own
 
+from tests.ranks import in_ranks
 from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig
 
 CONFIG = PackedIntWeightOnlyConfig(bits=4, group_size=64)
@@ -99,8 +99,7 @@ class Layer(nn.Module):
         return self.linear(x)
 
 
-def _tensor_parallel(rank: int, file: str, scaled: bool, dtype: torch.dtype, compiled: bool) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _tensor_parallel(rank: int, scaled: bool, dtype: torch.dtype, compiled: bool) -> None:
     torch.manual_seed(5)
     up, down = Layer(128, 256, scaled, dtype), Layer(256, 128, scaled, dtype)
     x = torch.randn(6, 128, dtype=dtype)
@@ -116,13 +115,12 @@ def _tensor_parallel(rank: int, file: str, scaled: bool, dtype: torch.dtype, com
         result = down(up(DTensor.from_local(x, mesh, [Replicate()]))).full_tensor()
     error = (result - expected).abs().max() / expected.abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"rank {rank}: {error}"
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("scaled", "dtype", "compiled"), [(False, torch.float32, False), (True, torch.bfloat16, False), (True, torch.float32, True)])
 def test_tensor_parallel(scaled: bool, dtype: torch.dtype, compiled: bool, tmp_path: Path) -> None:
     """torchao's column-wise and row-wise sharding on two ranks gives what one rank gives."""
-    mp.spawn(_tensor_parallel, (str(tmp_path / "rendezvous"), scaled, dtype, compiled), nprocs=2)
+    in_ranks(_tensor_parallel, 2, tmp_path, scaled, dtype, compiled)
 
 
 def _add_up(rank: int, model: nn.Module, out: Tensor) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from tests.calibrate.test_run import assert_same, assert_untouched, build, calibrate, state_of
 from tests.plain_models import Block, Decoder, Experts, tokens
+from tests.ranks import in_ranks
 from torchao_qig import Calibration
 from torchao_qig.calibrate.run import Run
 
@@ -75,11 +74,9 @@ def test_activations_in_files(limit: int) -> None:
     assert found.stats["peak_host_bytes"] > 0
 
 
-def _rank(rank: int, world: int, directory: str, batches: list[Tensor], experts: bool) -> None:
+def _rank(rank: int, directory: str, batches: list[Tensor], experts: bool) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
     calibrate(expert_model() if experts else build(), batches).save(f"{directory}/{rank}")
-    dist.destroy_process_group()
 
 
 def expert_model() -> nn.Module:
@@ -91,7 +88,7 @@ def expert_model() -> nn.Module:
 def test_ranks(world: int, experts: bool, tmp_path: Path) -> None:
     """Samples split over ranks: every rank ends with what one would have found."""
     batches = [tokens(2, 8, 1), tokens(3, 6, 2), tokens(1, 9, 3), tokens(2, 5, 4)]
-    mp.spawn(_rank, (world, str(tmp_path), batches, experts), nprocs=world)
+    in_ranks(_rank, world, tmp_path, str(tmp_path), batches, experts)
     alone = calibrate(expert_model() if experts else build(), batches)
     for rank in range(world):
         assert_same(Calibration.load(tmp_path / str(rank)), alone)
