@@ -1,0 +1,136 @@
+"""Every method at several settings on the small LVLM: accuracy, NLL, and KL to full precision, with paired intervals.
+
+    python -m benchmarks.accuracy [--settings W3g128 ...] [--methods rtn awq ...] [--seeds 3] [--pictures 1000] [--name accuracy]
+
+Each method but rounding is calibrated on `--seeds` different sets of 128 samples of a split of its own. Answers to each question
+are kept in benchmarks/cache, so that a killed run continues and further methods can be added; results/NAME.json and .md hold the
+table. Differences are paired: the same questions, averaged over the seeds, pictures drawn with replacement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.timing import machine
+from recipes.evaluate import Answers, answer, batches, difference, scores
+from recipes.methods import METHODS, quantized
+from recipes.small_lvlm.data import FAMILIES, chosen
+from recipes.small_lvlm.model import WEIGHTS, load
+
+HERE = Path(__file__).parent
+SETTINGS = {
+    "W3g128": {"bits": 3, "group_size": 128}, "W3g64": {"bits": 3, "group_size": 64}, "W4g128": {"bits": 4, "group_size": 128},
+    "W3 per channel": {"bits": 3, "group_size": -1}, "W2g64": {"bits": 2, "group_size": 64},
+}  # fmt: skip
+COLUMNS = ("picture", "tokens", "correct", "nll", "kl")
+
+
+def averaged(runs: list[Answers]) -> Answers:
+    """The seeds' mean, question by question."""
+    first = runs[0]
+    mean = {name: torch.stack([getattr(run, name).double() for run in runs]).mean(0) for name in ("correct", "nll", "kl")}
+    return Answers(first.family, first.picture, first.tokens, **mean)
+
+
+class Bench:
+    def __init__(self, pictures: int) -> None:
+        self.tokenizer, self.full = load()
+        self.asked = batches(chosen("test", pictures), self.tokenizer)
+        self.reference: list[Tensor] = []
+        self.base = answer(self.full, self.asked, keep=self.reference)
+        weights = zlib.crc32((WEIGHTS / "model.safetensors").read_bytes())
+        self.cache = HERE / "cache" / f"{weights:08x}-{pictures}"  # another model or test set has other answers
+        self.cache.mkdir(parents=True, exist_ok=True)
+
+    def run(self, setting: str, method: str, seed: int) -> tuple[Answers, float]:
+        """The answers of one quantized model and the seconds its making took."""
+        file = self.cache / f"{setting} {method} {seed}.safetensors".replace(" ", "-")
+        if not file.exists():
+            model, _, seconds = quantized(self.full, self.tokenizer, method, seed=seed, **SETTINGS[setting])
+            found = answer(model, self.asked, self.reference, progress=False)
+            stored = {name: getattr(found, name) for name in COLUMNS} | {"seconds": torch.tensor(seconds)}
+            save_file(stored, file.with_suffix(".new"))
+            file.with_suffix(".new").replace(file)
+        stored = load_file(file)
+        return Answers(self.base.family, **{name: stored[name] for name in COLUMNS}), float(stored["seconds"])
+
+
+def row(runs: list[Answers], seconds: list[float]) -> dict[str, Any]:
+    mean = averaged(runs)
+    result = {key: value for key, value in scores(mean).items() if isinstance(value, dict)}
+    kls = [scores(run)["all"]["kl"][0] for run in runs]
+    return {**result, "kl_of_seeds": kls, "seconds": sorted(seconds)[len(seconds) // 2]}
+
+
+def percent(interval: tuple[float, float, float]) -> str:
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in interval))
+
+
+HEAD = (
+    "method", "accuracy %", "lowest family %", "NLL", "KL to full precision", "KL of the seeds", "KL less QIG's (paired)", "accuracy less QIG's (paired)",
+    "calibration s",
+)  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A table per setting, methods compared with the last one."""
+    full = result["full precision"]["all"]
+    lines = [f"`{result['command']}`, {result['date']}, {result['machine']}.", ""]
+    lines += [f"Full precision: accuracy {percent(full['accuracy'])} %, NLL {full['nll'][0]:.4f} per token.", ""]
+    for setting, methods in result["settings"].items():
+        lines += [f"### {setting}", "", "| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+        for method, r in methods.items():
+            worst = min(FAMILIES, key=lambda family: r[family]["accuracy"][0])
+            values = [
+                method, percent(r["all"]["accuracy"]), f"{worst} {100 * r[worst]['accuracy'][0]:.1f}",
+                f"{r['all']['nll'][0]:.4f}", "{:.4f} [{:.4f}, {:.4f}]".format(*r["all"]["kl"]), ", ".join(f"{kl:.4f}" for kl in r["kl_of_seeds"]),
+                "{:+.4f} [{:+.4f}, {:+.4f}]".format(*r["kl_less_qig"]) if "kl_less_qig" in r else "",
+                percent(r["accuracy_less_qig"]) if "accuracy_less_qig" in r else "", f"{r['seconds']:.0f}",
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(values) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--name", default="accuracy")
+    args = parser.parse_args()
+
+    bench = Bench(args.pictures)
+    result: dict[str, Any] = {
+        "command": f"python -m benchmarks.accuracy --seeds {args.seeds} --pictures {args.pictures}", **machine(),
+        "full precision": scores(bench.base), "settings": {},
+    }  # fmt: skip
+    for setting in args.settings:
+        found: dict[str, Answers] = {}
+        rows: dict[str, Any] = {}
+        for method in args.methods:
+            runs = [bench.run(setting, method, seed) for seed in range(1 if method == "rtn" else args.seeds)]
+            found[method] = averaged([run for run, _ in runs])
+            rows[method] = row([run for run, _ in runs], [seconds for _, seconds in runs])
+            every = rows[method]["all"]
+            print(f"{setting} {method}: accuracy {percent(every['accuracy'])} %, KL {every['kl'][0]:.4f}, {rows[method]['seconds']:.0f} s", flush=True)
+        for method in args.methods:
+            if method != "qig" and "qig" in found:
+                rows[method]["kl_less_qig"] = difference(found[method], found["qig"], "kl")
+                rows[method]["accuracy_less_qig"] = difference(found[method], found["qig"], "correct")
+        result["settings"][setting] = rows
+        (HERE / "results" / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (HERE / "results" / f"{args.name}.md").write_text(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

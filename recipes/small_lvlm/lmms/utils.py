@@ -1,0 +1,13 @@
+"""What small_lvlm.yaml calls."""
+
+from typing import Any
+
+
+def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
+    return [doc["image"].convert("RGB")]
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Exact match, per question; families are averaged by recipes.lmms."""
+    right = float(results[0].strip() == doc["answer"])
+    return {"accuracy": right}

@@ -1,0 +1,175 @@
+"""Training of the small LVLM: first the tower alone, on what each patch shows; then everything, on the answers.
+
+The tower's stage is a stand-in for the pretraining that a real LVLM's tower brings along; its linear heads are thrown away.
+A step's questions share their picture (model.pack). The picture and its only tile are the same pixels, so the tower computes
+them once here; `check` compares the result with the model's own forward before anything is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import string
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+
+from recipes.small_lvlm.data import Sample, sample
+from recipes.small_lvlm.model import IMAGE_TOKENS, ROW, Packed, pack, pictures, pixel_values
+from recipes.small_lvlm.worlds import maps, objects, text
+from recipes.small_lvlm.worlds.canvas import COLORS
+
+WHAT = ["nothing", "cell", *(f"{size} {kind}" for size in objects.RADIUS for kind in objects.SHAPES), *string.ascii_uppercase, *text.DIGITS]
+WHAT += [f"{kind} {value}" for kind in ("bar", "point", "digit") for value in range(10)]
+COLOR = ["nothing", *COLORS, *maps.TERRAIN]
+PLACES = 7  # no place, and up to six rows or columns
+HEADS = [len(WHAT), len(COLOR), PLACES, PLACES]
+BASE_FROM = 0.7  # of the steps: from then on with both copies of the picture
+LENGTH = 256  # tokens of a picture and the questions about it that a step asks
+
+
+class Batches(Dataset):  # type: ignore[type-arg]
+    """Batch i of the training split: packed questions, and the index of what each patch shows."""
+
+    def __init__(self, first: int, steps: int, size: int, tokenizer: PreTrainedTokenizerFast | None) -> None:
+        self.first, self.steps, self.size, self.tokenizer = first, steps, size, tokenizer
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Packed | None]:
+        samples = [sample("train", self.first + step * self.size + i) for i in range(self.size)]
+        shown = torch.tensor([[(WHAT.index(m.what), COLOR.index(m.color), m.row + 1, m.column + 1) for m in one.patches] for one in samples])
+        packed = pack([shuffled(one, self.first + step) for one in samples], self.tokenizer, LENGTH) if self.tokenizer else None
+        return pictures(samples), shown, packed
+
+
+def shuffled(one: Sample, seed: int) -> Sample:
+    """Its questions in another order: the first ones fit."""
+    questions = list(one.questions)
+    random.Random(f"order {seed}").shuffle(questions)
+    return replace(one, questions=tuple(questions))
+
+
+def seen(model: LlavaOnevisionForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """The tower's features of each picture, (pictures, patches, width)."""
+    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+
+
+def embedded(model: LlavaOnevisionForConditionalGeneration, ids: Tensor, features: Tensor) -> Tensor:
+    """The decoder's inputs, as LlavaOnevision lays them out: the picture, its tile with newlines, the text."""
+    image = model.model.multi_modal_projector(features)
+    newline = model.model.image_newline.expand(len(image), ROW, 1, -1)
+    tile = torch.cat([image.unflatten(1, (ROW, ROW)), newline], 2).flatten(1, 2)
+    words = model.model.get_input_embeddings()(ids)
+    shown = torch.cat([image, tile], 1) if ids[0, IMAGE_TOKENS] == ids[0, 1] else tile  # see Packed.without_base
+    return torch.cat([words[:, :1], shown, words[:, 1 + shown.shape[1] :]], 1)
+
+
+def logits(model: LlavaOnevisionForConditionalGeneration, batch: Packed, features: Tensor) -> Tensor:
+    """At the positions that an answer's token follows."""
+    return model.lm_head(decode(model.model.language_model, embedded(model, batch.ids, features), batch.mask(), batch.positions)[batch.answer])
+
+
+def decode(decoder: nn.Module, embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    return decoder(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check(model: LlavaOnevisionForConditionalGeneration, batch: Packed) -> None:
+    """The path above is the model's own forward."""
+    ours = logits(model, batch, seen(model, pixel_values(batch.pictures)[:, 0]))
+    theirs = model(**batch.keywords()).logits[batch.answer]
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def groups(modules: list[nn.Module], decay: float) -> list[dict[str, object]]:
+    """Matrices decay, vectors do not."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay}, {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+
+
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to 2 %."""
+    return min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def loader(
+    first: int, start: int, steps: int, size: int, tokenizer: PreTrainedTokenizerFast | None
+) -> Iterator[tuple[int, tuple[Tensor, Tensor, Packed | None]]]:
+    """Batches from step `start` on, made by a process of their own."""
+    ahead = DataLoader(Batches(first, steps, size, tokenizer), batch_size=None, sampler=range(start, steps), num_workers=1, prefetch_factor=4)
+    return enumerate(ahead, start)
+
+
+def train(
+    model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, *, tower_steps: int, steps: int, size: int = 16,
+    tower_rate: float = 1e-3, peak: float = 1.5e-3, save_every: int = 250, compiled: bool = True,
+) -> None:  # fmt: skip
+    """Trains in place; a killed run continues from the last state in `folder`."""
+    torch.manual_seed(1)
+    head = nn.Linear(256, sum(HEADS))
+    tower = model.model.vision_tower
+    log, state = folder / "log.jsonl", folder / "state.pt"
+    everything = nn.ModuleList([model, head])
+
+    decoder = torch.compile(decode, dynamic=False) if compiled else decode
+
+    def patch_loss(features: Tensor, shown: Tensor) -> Tensor:
+        parts = head(features).flatten(0, 1).split(HEADS, -1)
+        return sum((F.cross_entropy(part, shown.flatten(0, 1)[:, i]) for i, part in enumerate(parts)), torch.zeros(()))
+
+    def tower_loss(pixels: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+        loss = patch_loss(seen(model, pixels), shown)
+        return loss, loss.detach()
+
+    def answer_loss(pixels: Tensor, shown: Tensor, batch: Packed, aside: float) -> tuple[Tensor, Tensor]:
+        features = seen(model, pixels)
+        hidden = decoder(model.model.language_model, embedded(model, batch.ids, features), batch.mask(), batch.positions)
+        loss = F.cross_entropy(model.lm_head(hidden[batch.answer]), batch.target[batch.answer])
+        return loss + aside * patch_loss(features, shown), loss.detach()
+
+    done = torch.load(state, weights_only=True) if state.exists() else {"stage": "tower", "step": 0}
+    if "model" in done:
+        everything.load_state_dict(done["model"])
+    for stage, count, modules, high in (("tower", tower_steps, [tower, head], tower_rate), ("answers", steps, [model, head], peak)):
+        if done["stage"] == "answers" and stage == "tower":
+            continue
+        start = done["step"] if done["stage"] == stage else 0
+        optimizer = torch.optim.AdamW(groups(modules, 0.05), lr=high, betas=(0.9, 0.98), fused=True)
+        if start and "optimizer" in done:
+            optimizer.load_state_dict(done["optimizer"])
+        begin = time.time() - (done["seconds"] if start else 0.0)
+        smooth = done["smooth"] if start else None
+        for step, (seen_pictures, shown, batch) in loader(
+            0 if stage == "tower" else 10_000_000, start, count, 4 * size if stage == "tower" else size, None if stage == "tower" else tokenizer
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = high * rate(step, count, 200)
+            pixels = pixel_values(seen_pictures)[:, 0]
+            if stage == "tower":
+                loss, plain = tower_loss(pixels, shown)
+            else:
+                loss, plain = answer_loss(pixels, shown, batch if step >= BASE_FROM * count else batch.without_base(), 0.1 * (1 - step / count))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], 1.0)
+            optimizer.step()
+            smooth = float(plain) if smooth is None else 0.95 * smooth + 0.05 * float(plain)
+            if (step + 1) % 25 == 0 or step + 1 == count:
+                line = {"stage": stage, "step": step + 1, "loss": round(smooth, 4), "seconds": round(time.time() - begin, 1)}
+                with log.open("a") as out:
+                    out.write(json.dumps(line) + "\n")
+                print(line, flush=True)
+            if (step + 1) % save_every == 0 or step + 1 == count:
+                progress = {"stage": stage, "step": step + 1, "seconds": time.time() - begin, "smooth": smooth}
+                torch.save({**progress, "model": everything.state_dict(), "optimizer": optimizer.state_dict()}, state.with_suffix(".new"))
+                state.with_suffix(".new").replace(state)
