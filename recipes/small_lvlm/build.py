@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--tower-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=5400)
+    parser.add_argument("--steps", type=int, default=9000)
     args = parser.parse_args()
     verify() if args.verify else build(args.tower_steps, args.steps)
 

@@ -32,7 +32,8 @@ WHAT += [f"{kind} {value}" for kind in ("bar", "point", "digit") for value in ra
 COLOR = ["nothing", *COLORS, *maps.TERRAIN]
 PLACES = 7  # no place, and up to six rows or columns
 HEADS = [len(WHAT), len(COLOR), PLACES, PLACES]
-BASE_FROM = 0.7  # of the steps: from then on with both copies of the picture
+MUON = 10.0  # its rate over that of AdamW
+BASE_FROM = 0.8  # of the steps: from then on with both copies of the picture
 LENGTH = 256  # tokens of a picture and the questions about it that a step asks
 
 
@@ -91,10 +92,12 @@ def check(model: LlavaOnevisionForConditionalGeneration, batch: Packed) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def groups(modules: list[nn.Module], decay: float) -> list[dict[str, object]]:
-    """Matrices decay, vectors do not."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay}, {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+def optimizers(modules: list[nn.Module], matrices: list[nn.Parameter], high: float) -> list[torch.optim.Optimizer]:
+    """Muon for `matrices` (half the steps that AdamW needs here, docs/LOG.md), AdamW for the rest. Vectors do not decay."""
+    other = [p for module in modules for p in module.parameters() if not any(p is m for m in matrices)]
+    groups = [{"params": [p for p in other if p.dim() > 1], "weight_decay": 0.05}, {"params": [p for p in other if p.dim() < 2], "weight_decay": 0.0}]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=high, betas=(0.9, 0.98), fused=True)]
+    return [*found, torch.optim.Muon(matrices, lr=MUON * high, weight_decay=0.05)] if matrices else found
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
@@ -112,7 +115,7 @@ def loader(
 
 def train(
     model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, *, tower_steps: int, steps: int, size: int = 16,
-    tower_rate: float = 1e-3, peak: float = 1.5e-3, save_every: int = 250, compiled: bool = True,
+    tower_rate: float = 1e-3, peak: float = 1e-3, save_every: int = 250, compiled: bool = True,
 ) -> None:  # fmt: skip
     """Trains in place; a killed run continues from the last state in `folder`."""
     torch.manual_seed(1)
@@ -144,25 +147,29 @@ def train(
         if done["stage"] == "answers" and stage == "tower":
             continue
         start = done["step"] if done["stage"] == stage else 0
-        optimizer = torch.optim.AdamW(groups(modules, 0.05), lr=high, betas=(0.9, 0.98), fused=True)
-        if start and "optimizer" in done:
-            optimizer.load_state_dict(done["optimizer"])
+        matrices = [p for p in model.model.language_model.layers.parameters() if p.dim() == 2] if stage == "answers" else []
+        used = optimizers(modules, matrices, high)
+        if start:
+            for optimizer, state_of in zip(used, done["optimizers"], strict=True):
+                optimizer.load_state_dict(state_of)
         begin = time.time() - (done["seconds"] if start else 0.0)
         smooth = done["smooth"] if start else None
         for step, (seen_pictures, shown, batch) in loader(
             0 if stage == "tower" else 10_000_000, start, count, 4 * size if stage == "tower" else size, None if stage == "tower" else tokenizer
         ):
-            for group in optimizer.param_groups:
-                group["lr"] = high * rate(step, count, 200)
+            for optimizer, factor in zip(used, (1, MUON), strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * high * rate(step, count, 200)
             pixels = pixel_values(seen_pictures)[:, 0]
             if stage == "tower":
                 loss, plain = tower_loss(pixels, shown)
             else:
                 loss, plain = answer_loss(pixels, shown, batch if step >= BASE_FROM * count else batch.without_base(), 0.1 * (1 - step / count))
-            optimizer.zero_grad(set_to_none=True)
+            everything.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], 1.0)
-            optimizer.step()
+            for optimizer in used:
+                optimizer.step()
             smooth = float(plain) if smooth is None else 0.95 * smooth + 0.05 * float(plain)
             if (step + 1) % 25 == 0 or step + 1 == count:
                 line = {"stage": stage, "step": step + 1, "loss": round(smooth, 4), "seconds": round(time.time() - begin, 1)}
@@ -171,5 +178,7 @@ def train(
                 print(line, flush=True)
             if (step + 1) % save_every == 0 or step + 1 == count:
                 progress = {"stage": stage, "step": step + 1, "seconds": time.time() - begin, "smooth": smooth}
-                torch.save({**progress, "model": everything.state_dict(), "optimizer": optimizer.state_dict()}, state.with_suffix(".new"))
+                torch.save(
+                    {**progress, "model": everything.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in used]}, state.with_suffix(".new")
+                )
                 state.with_suffix(".new").replace(state)
