@@ -54,7 +54,7 @@ class Bench:
         """The answers of one quantized model and the seconds its making took."""
         file = self.cache / f"{setting} {method} {seed}.safetensors".replace(" ", "-")
         if not file.exists():
-            model, _, seconds = quantized(self.full, self.tokenizer, method, seed=seed, **SETTINGS[setting])
+            model, seconds = quantized(self.full, self.tokenizer, method, seed=seed, **SETTINGS[setting])
             found = answer(model, self.asked, self.reference, progress=False)
             stored = {name: getattr(found, name) for name in COLUMNS} | {"seconds": torch.tensor(seconds)}
             save_file(stored, file.with_suffix(".new"))
@@ -66,7 +66,8 @@ class Bench:
 def row(runs: list[Answers], seconds: list[float]) -> dict[str, Any]:
     mean = averaged(runs)
     result = {key: value for key, value in scores(mean).items() if isinstance(value, dict)}
-    kls = [scores(run)["all"]["kl"][0] for run in runs]
+    asked = [run.of(FAMILIES) for run in runs]
+    kls = [float(run.kl.sum() / run.tokens.sum()) for run in asked]
     return {**result, "kl_of_seeds": kls, "seconds": sorted(seconds)[len(seconds) // 2]}
 
 

@@ -1,7 +1,7 @@
 """Evaluates an LVLM on the small LVLM's test questions, beside its full-precision self.
 
     python -m recipes.evaluate                               # the shipped model
-    python -m recipes.evaluate --bits 3 --sensitivity qig    # quantized, with the divergence from the shipped one
+    python -m recipes.evaluate --bits 3 --method qig         # quantized, with the divergence from the shipped one
     python -m recipes.evaluate FOLDER --pictures 200         # a saved checkpoint of it
 
 One forward pass per picture gives everything: the questions share their picture without seeing each other (small_lvlm/model.py),
@@ -49,9 +49,8 @@ class Answers:
 def batches(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerFast, size: int = 16) -> list[tuple[list[Sample], Packed]]:
     """Packed batches of one length, so that a compiled model is compiled once."""
     every = list(samples)
-    groups = [every[i : i + size] for i in range(0, len(every), size)]
-    longest = max(pack(group, tokenizer).ids.shape[1] for group in groups)
-    return [(group, pack(group, tokenizer, longest)) for group in groups]
+    whole = pack(every, tokenizer)
+    return [(every[i : i + size], whole.rows(i, i + size)) for i in range(0, len(every), size)]
 
 
 @torch.no_grad()

@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes.small_lvlm.data import sample
 from recipes.small_lvlm.model import inputs
-from torchao_qig import Calibration, QIGWeightOnlyConfig, calibrate
+from torchao_qig import QIGWeightOnlyConfig
 
 # AWQ and MBQ search the same candidates at the same outputs as QIG; what differs is what a token's error counts (and AWQ's loss).
 METHODS = {
-    "rtn": lambda **grid: QIGWeightOnlyConfig(sensitivity=None, **grid),
-    "awq": lambda **grid: QIGWeightOnlyConfig(sensitivity="uniform", loss="mse", **grid),
-    "mbq": lambda **grid: QIGWeightOnlyConfig(sensitivity="modality", **grid),
-    "qig-paper": lambda **grid: QIGWeightOnlyConfig.paper(**grid),
-    "qig": lambda **grid: QIGWeightOnlyConfig(**grid),
+    "rtn": lambda **kwargs: QIGWeightOnlyConfig(sensitivity=None, **kwargs),
+    "awq": lambda **kwargs: QIGWeightOnlyConfig(sensitivity="uniform", loss="mse", **kwargs),
+    "mbq": lambda **kwargs: QIGWeightOnlyConfig(sensitivity="modality", **kwargs),
+    "qig-paper": lambda **kwargs: QIGWeightOnlyConfig.paper(**kwargs),
+    "qig": lambda **kwargs: QIGWeightOnlyConfig(**kwargs),
 }
 
 
@@ -36,18 +36,9 @@ def calibration_batches(tokenizer: PreTrainedTokenizerFast, count: int = 128, se
     ]
 
 
-def quantized(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, method: str, *, seed: int = 0, count: int = 128, **grid: int
-) -> tuple[nn.Module, Calibration | None, float]:
-    """A quantized copy, its calibration, and the seconds that took."""
+def quantized(model: nn.Module, tokenizer: PreTrainedTokenizerFast, method: str, *, seed: int = 0, count: int = 128, **grid: int) -> tuple[nn.Module, float]:
+    """A quantized copy, and the seconds that took."""
     start = time.perf_counter()
-    model, calibration = copy.deepcopy(model), None
-    config = METHODS[method](**grid)
-    config.verbose = False
-    if config.sensitivity is not None:
-        calibration = calibrate(model, calibration_batches(tokenizer, count, seed), config)
-        config.calib = calibration
-        quantize_(model, config)
-    else:
-        quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and ".language_model.layers." in name)
-    return model.eval(), calibration, time.perf_counter() - start
+    model = copy.deepcopy(model)
+    quantize_(model, METHODS[method](**grid, calib=calibration_batches(tokenizer, count, seed), verbose=False))
+    return model.eval(), time.perf_counter() - start

@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shutil
-import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import transformers
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+from benchmarks.timing import machine
 from recipes.evaluate import answer, batches, scores, table
 from recipes.small_lvlm.data import FAMILIES, chosen
 from recipes.small_lvlm.model import ROW, WEIGHTS, load, new_model, new_tokenizer, pack
@@ -67,15 +65,6 @@ def measured(folder: Path) -> dict[str, Any]:
     return {"scores": right, "nll_with_wrong_pictures": wrong["all"]["nll"], "checksum": checksum()}
 
 
-def processor_name() -> str:
-    names = (
-        [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
-
-
 def verify() -> None:
     card = json.loads((WEIGHTS / "card.json").read_text())
     found = measured(WEIGHTS)
@@ -100,9 +89,8 @@ def build(tower_steps: int, steps: int) -> None:
     log = [json.loads(line) for line in (WEIGHTS / "log.jsonl").read_text().splitlines()]
     seconds = {stage: max(line["seconds"] for line in log if line["stage"] == stage) for stage in ("tower", "answers")}
     card = {
-        "command": f"python -m recipes.small_lvlm.build --tower-steps {tower_steps} --steps {steps}", "date": str(date.today()), "seconds": seconds,
-        "machine": f"{processor_name()}, {torch.get_num_threads()} threads", "parameters": sum(p.numel() for p in model.parameters()),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}, **measured(WEIGHTS),
+        **machine(), "threads": torch.get_num_threads(), "transformers": transformers.__version__, "tower_steps": tower_steps, "steps": steps,
+        "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()), **measured(WEIGHTS),
     }  # fmt: skip
     (WEIGHTS / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 

@@ -11,13 +11,15 @@ so the logits are those of separate samples at a third of the cost.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
 from recipes.small_lvlm.data import Sample, corpus
@@ -98,6 +100,10 @@ class Packed:
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         return (causal & ((s[:, None, :] == 0) | (s[:, None, :] == s[:, :, None])))[:, None]
 
+    def rows(self, first: int, last: int) -> Packed:
+        """Some of the pictures."""
+        return Packed(*(getattr(self, field.name)[first:last] for field in fields(self)))
+
     def without_base(self) -> Packed:
         """The same with the whole picture's tokens left out, which show what its tile's show: a cheaper start of training."""
         keep = torch.tensor([*range(1), *range(1 + ROW * ROW, self.ids.shape[1])])
@@ -136,18 +142,19 @@ def pack(samples: list[Sample], tokenizer: PreTrainedTokenizerFast, length: int 
 
 def inputs(tokenizer: PreTrainedTokenizerFast, pixels: list[np.ndarray], questions: list[str], answers: list[str] | None = None) -> dict[str, Tensor]:
     """A padded batch of one question each, as the model takes it; with answers, labels for them."""
-    text = [f"<|user|>{'<image>' * IMAGE_TOKENS} {question}<|assistant|>" for question in questions]
-    ends = [f" {answer}<|end|>" for answer in answers] if answers else [""] * len(text)
-    encoded = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in text]
-    added = [tokenizer(end, add_special_tokens=False)["input_ids"] if end else [] for end in ends]
-    length = max(len(a) + len(b) for a, b in zip(encoded, added, strict=True))
-    left = answers is None  # generation continues at the right end
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for a, b in zip(encoded, added, strict=True):
-        pad = length - len(a) - len(b)
-        for name, row, fill in (("input_ids", a + b, tokenizer.pad_token_id), ("attention_mask", [1] * len(a + b), 0), ("labels", [-100] * len(a) + b, -100)):
-            rows[name].append([fill] * pad + row if left else row + [fill] * pad)
-    batch = {name: torch.tensor(values) for name, values in rows.items() if answers or name != "labels"}
+    prompts = tokenizer([f"<|user|>{'<image>' * IMAGE_TOKENS} {question}<|assistant|>" for question in questions], add_special_tokens=False)["input_ids"]
+    ends: list[list[int]] = [[]] * len(prompts)
+    if answers is not None:
+        ends = tokenizer([f" {answer}<|end|>" for answer in answers], add_special_tokens=False)["input_ids"]
+
+    def padded(rows: Iterable[list[int]], fill: int) -> Tensor:
+        side = "left" if answers is None else "right"  # generation continues at the right end
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill, padding_side=side)
+
+    whole = [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
+    batch = {"input_ids": padded(whole, tokenizer.pad_token_id), "attention_mask": padded(([1] * len(row) for row in whole), 0)}
+    if answers is not None:
+        batch["labels"] = padded(([-100] * len(prompt) + end for prompt, end in zip(prompts, ends, strict=True)), -100)
     return {**batch, "pixel_values": pixel_values(torch.from_numpy(np.stack(pixels))), "image_sizes": torch.full((len(pixels), 2), SIDE)}
 
 

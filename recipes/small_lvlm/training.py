@@ -12,7 +12,7 @@ import math
 import random
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,19 +38,16 @@ LENGTH = 256  # tokens of a picture and the questions about it that a step asks
 
 
 class Batches(Dataset):  # type: ignore[type-arg]
-    """Batch i of the training split: packed questions, and the index of what each patch shows."""
+    """Batch i of the training split: pictures, the index of what each patch shows, and with a tokenizer the packed questions."""
 
-    def __init__(self, first: int, steps: int, size: int, tokenizer: PreTrainedTokenizerFast | None) -> None:
-        self.first, self.steps, self.size, self.tokenizer = first, steps, size, tokenizer
-
-    def __len__(self) -> int:
-        return self.steps
+    def __init__(self, first: int, size: int, tokenizer: PreTrainedTokenizerFast | None) -> None:
+        self.first, self.size, self.tokenizer = first, size, tokenizer
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Packed | None]:
         samples = [sample("train", self.first + step * self.size + i) for i in range(self.size)]
         shown = torch.tensor([[(WHAT.index(m.what), COLOR.index(m.color), m.row + 1, m.column + 1) for m in one.patches] for one in samples])
         packed = pack([shuffled(one, self.first + step) for one in samples], self.tokenizer, LENGTH) if self.tokenizer else None
-        return pictures(samples), shown, packed
+        return packed.pictures if packed else pictures(samples), shown, packed
 
 
 def shuffled(one: Sample, seed: int) -> Sample:
@@ -75,13 +72,13 @@ def embedded(model: LlavaOnevisionForConditionalGeneration, ids: Tensor, feature
     return torch.cat([words[:, :1], shown, words[:, 1 + shown.shape[1] :]], 1)
 
 
-def logits(model: LlavaOnevisionForConditionalGeneration, batch: Packed, features: Tensor) -> Tensor:
-    """At the positions that an answer's token follows."""
-    return model.lm_head(decode(model.model.language_model, embedded(model, batch.ids, features), batch.mask(), batch.positions)[batch.answer])
-
-
 def decode(decoder: nn.Module, embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
     return decoder(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def logits(model: LlavaOnevisionForConditionalGeneration, batch: Packed, features: Tensor, run: Callable[..., Tensor] = decode) -> Tensor:
+    """At the positions that an answer's token follows; `run` is `decode`, or it compiled."""
+    return model.lm_head(run(model.model.language_model, embedded(model, batch.ids, features), batch.mask(), batch.positions)[batch.answer])
 
 
 @torch.no_grad()
@@ -105,14 +102,6 @@ def rate(step: int, steps: int, warmup: int) -> float:
     return min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def loader(
-    first: int, start: int, steps: int, size: int, tokenizer: PreTrainedTokenizerFast | None
-) -> Iterator[tuple[int, tuple[Tensor, Tensor, Packed | None]]]:
-    """Batches from step `start` on, made by a process of their own."""
-    ahead = DataLoader(Batches(first, steps, size, tokenizer), batch_size=None, sampler=range(start, steps), num_workers=1, prefetch_factor=4)
-    return enumerate(ahead, start)
-
-
 def train(
     model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, *, tower_steps: int, steps: int, size: int = 16,
     tower_rate: float = 1e-3, peak: float = 1e-3, save_every: int = 250, compiled: bool = True,
@@ -124,47 +113,45 @@ def train(
     log, state = folder / "log.jsonl", folder / "state.pt"
     everything = nn.ModuleList([model, head])
 
-    decoder = torch.compile(decode, dynamic=False) if compiled else decode
+    run = torch.compile(decode, dynamic=False) if compiled else decode
 
     def patch_loss(features: Tensor, shown: Tensor) -> Tensor:
         parts = head(features).flatten(0, 1).split(HEADS, -1)
         return sum((F.cross_entropy(part, shown.flatten(0, 1)[:, i]) for i, part in enumerate(parts)), torch.zeros(()))
 
-    def tower_loss(pixels: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-        loss = patch_loss(seen(model, pixels), shown)
+    def tower_loss(features: Tensor, shown: Tensor, batch: Packed | None, part: float) -> tuple[Tensor, Tensor]:
+        loss = patch_loss(features, shown)
         return loss, loss.detach()
 
-    def answer_loss(pixels: Tensor, shown: Tensor, batch: Packed, aside: float) -> tuple[Tensor, Tensor]:
-        features = seen(model, pixels)
-        hidden = decoder(model.model.language_model, embedded(model, batch.ids, features), batch.mask(), batch.positions)
-        loss = F.cross_entropy(model.lm_head(hidden[batch.answer]), batch.target[batch.answer])
-        return loss + aside * patch_loss(features, shown), loss.detach()
+    def answer_loss(features: Tensor, shown: Tensor, batch: Packed, part: float) -> tuple[Tensor, Tensor]:
+        batch = batch if part >= BASE_FROM else batch.without_base()
+        loss = F.cross_entropy(logits(model, batch, features, run), batch.target[batch.answer])
+        return loss + 0.1 * (1 - part) * patch_loss(features, shown), loss.detach()
 
+    matrices = [p for p in model.model.language_model.layers.parameters() if p.dim() == 2]
+    stages: list[tuple[str, int, Batches, list[nn.Module], list[nn.Parameter], float, Callable[..., tuple[Tensor, Tensor]]]] = [
+        ("tower", tower_steps, Batches(0, 4 * size, None), [tower, head], [], tower_rate, tower_loss),
+        ("answers", steps, Batches(10_000_000, size, tokenizer), [model, head], matrices, peak, answer_loss),
+    ]
     done = torch.load(state, weights_only=True) if state.exists() else {"stage": "tower", "step": 0}
     if "model" in done:
         everything.load_state_dict(done["model"])
-    for stage, count, modules, high in (("tower", tower_steps, [tower, head], tower_rate), ("answers", steps, [model, head], peak)):
+    for stage, count, data, modules, matrices, high, losses in stages:
         if done["stage"] == "answers" and stage == "tower":
             continue
         start = done["step"] if done["stage"] == stage else 0
-        matrices = [p for p in model.model.language_model.layers.parameters() if p.dim() == 2] if stage == "answers" else []
         used = optimizers(modules, matrices, high)
         if start:
             for optimizer, state_of in zip(used, done["optimizers"], strict=True):
                 optimizer.load_state_dict(state_of)
         begin = time.time() - (done["seconds"] if start else 0.0)
         smooth = done["smooth"] if start else None
-        for step, (seen_pictures, shown, batch) in loader(
-            0 if stage == "tower" else 10_000_000, start, count, 4 * size if stage == "tower" else size, None if stage == "tower" else tokenizer
-        ):
+        ahead = DataLoader(data, batch_size=None, sampler=range(start, count), num_workers=1, prefetch_factor=4)  # a process of its own
+        for step, (pixels, shown, batch) in enumerate(ahead, start):
             for optimizer, factor in zip(used, (1, MUON), strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = factor * high * rate(step, count, 200)
-            pixels = pixel_values(seen_pictures)[:, 0]
-            if stage == "tower":
-                loss, plain = tower_loss(pixels, shown)
-            else:
-                loss, plain = answer_loss(pixels, shown, batch if step >= BASE_FROM * count else batch.without_base(), 0.1 * (1 - step / count))
+            loss, plain = losses(seen(model, pixel_values(pixels)[:, 0]), shown, batch, step / count)
             everything.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], 1.0)

@@ -49,7 +49,7 @@ def dense(weight: Tensor) -> Tensor:
         try:
             return weight.dequantize()
         except (NotImplementedError, RuntimeError):
-            pass
+            pass  # some of torchao's tensors cannot: multiply by ones and zeros instead
     return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T
 
 

@@ -8,6 +8,5 @@ def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Exact match, per question; families are averaged by recipes.lmms."""
-    right = float(results[0].strip() == doc["answer"])
-    return {"accuracy": right}
+    """Exact match."""
+    return {"accuracy": float(results[0].strip() == doc["answer"])}
