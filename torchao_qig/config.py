@@ -71,6 +71,11 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         search: "coarse", or "exhaustive" for every candidate on every sample.
         warmup_groups: so many first groups get uniform token weights.
         modality_ratio: for "modality": one ratio, or ratios by part of a module's name; None measures them.
+        clip: choose each group's range by the weighted error of its outputs, instead of spanning all of its weights.
+        compensate: round to change outputs least, not weights: every column's error is passed on to those after it (GPTQ), on
+            the inputs that the model quantized so far has, towards full-precision outputs. The file is as large, the model as fast.
+        damping: of the inputs' Gram matrix, as part of its mean diagonal.
+        repair: with `compensate`, how far to aim beyond a linear's own rounding at what was rounded before it, 0 to 1.
         propagate_error: try candidates on the inputs that the model quantized so far has, against full-precision outputs.
         official: reproduce the published code: its clamped zero point, padding that counts.
 
@@ -103,6 +108,10 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     search: str = "coarse"
     warmup_groups: int = 0
     modality_ratio: float | dict[str, float] | None = None
+    clip: bool = False
+    compensate: bool = False
+    damping: float = 0.01
+    repair: float = 0.5
     propagate_error: bool = False
     official: bool = False
     calib: Any = None
@@ -135,8 +144,17 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
             raise ValueError("fold=False, pre_scale=False: then there is nowhere to put a scale; set one of them, or sensitivity=None")
         if self.base_config is not None and not isinstance(self.base_config, AOBaseConfig):
             raise ValueError(f"base_config={self.base_config!r}: pass a torchao config such as Int8WeightOnlyConfig()")
+        for name, low, high in (("damping", 0.0, float("inf")), ("repair", 0.0, 1.0)):
+            _check_number(name, getattr(self, name), low, high)
+        if self.rounds and self.base_config is not None:
+            raise ValueError("base_config: chooses its own integers; leave it out, or clip=True and compensate=True")
         if self.step == "prepare" and self.calib is not None:
             raise ValueError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether calibration chooses the integers, too."""
+        return self.clip or self.compensate
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "QIGWeightOnlyConfig":
@@ -185,6 +203,11 @@ for _name in RUNTIME:
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, choices))}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r}: pass a number of at least {low:g}" + (f" and at most {high:g}" if high < float("inf") else ""))
 
 
 def _check_count(name: str, value: object, least: int, optional: bool) -> None:

@@ -172,15 +172,15 @@ def linear_names(model: hf.PreTrainedModel) -> list[str]:
 def test_mbq_ratios() -> None:
     """Measured ratios: gradients of the language-model loss at the outputs of o_proj and down_proj, at least the median."""
     from torchao_qig.calibrate.batches import as_batch
-    from torchao_qig.calibrate.modality import ModalityRatios
+    from torchao_qig.calibrate.modality import ModalityGradients
 
     model, inputs = build("qwen2", 2), batch(True)
     labels = torch.randint(0, 50, (B, T)).masked_fill(~inputs["caption_mask"].bool(), -100)
     names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     blocks = ["model.layers.0", "model.layers.1"]
-    ratios = ModalityRatios(model, blocks, {b: names for b in blocks})
+    ratios = ModalityGradients(model, blocks, {b: names for b in blocks})
     ratios.add(as_batch(model, inputs | {"labels": labels}, False, 0))
-    found = ratios.finish()
+    found = ratios.ratios()
     assert all(p.grad is None for p in model.parameters())
 
     gradients: dict[str, Tensor] = {}

@@ -60,11 +60,26 @@ def quantize_weight(w: Tensor, config: QIGWeightOnlyConfig, dtype: torch.dtype) 
     return PackedIntTensor.from_hp(w, config.bits, config.group_size, config.symmetric, config.dtype or dtype, config.official)
 
 
+def _chosen(name: str, found: Calibration, targets: dict[str, QIGWeightOnlyConfig], linear: nn.Linear) -> Tensor:
+    """The integers that calibration chose for a linear; they hold for the scales and the dtype that they were chosen with."""
+    weight, dtype = found.weights[name], targets[name].dtype or linear.weight.dtype
+    if (weight.rows, weight.columns, weight.dtype) != (*linear.weight.shape, dtype):
+        raise ValueError(
+            f"calib: {name} was rounded as {(weight.rows, weight.columns)} in {weight.dtype}, it is {tuple(linear.weight.shape)} in {dtype}; calibrate again"
+        )
+    into = {g.label: [g.fold_into] if g.fold_kind == "linear" else [] for g in found.groups.values()}
+    together = [g for g in found.groups.values() if name in (*g.linears, *into[g.label])]
+    missing = sorted({n for g in together for n in (*g.linears, *into[g.label])} - set(targets))
+    if missing:
+        raise ValueError(f"calib: {name} was rounded together with {', '.join(missing)}; quantize these, too, or calibrate again")
+    return weight.to(linear.weight.device, copy=True)
+
+
 def _frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t, requires_grad=False)
 
 
-class _Scales:
+class Scales:
     """Who is scaled by what, in the model at hand."""
 
     def __init__(self, model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOnlyConfig]) -> None:
@@ -101,7 +116,7 @@ def changes(model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOn
 
     With `simulate` weights stay dense and get the values that the packed ones stand for.
     """
-    scales = _Scales(model, found, targets)
+    scales = Scales(model, found, targets)
     made = list(scales.norms)
     for name, config in targets.items():
         linear = model.get_submodule(name)
@@ -113,7 +128,7 @@ def changes(model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOn
             value = rounder(config, dtype)(weight, None)
             value = (value if before is None else value * before.to(value)).to(dtype)
         else:
-            value = quantize_weight(weight, config, dtype)
+            value = _chosen(name, found, targets, linear) if name in found.weights else quantize_weight(weight, config, dtype)
             if before is not None:
                 if not hasattr(value, "act_pre_scale"):
                     raise ValueError(

@@ -6,6 +6,7 @@ median over the blocks.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from torchao_qig.calibrate import ranks
 from torchao_qig.calibrate.batches import IGNORED, Batch, Tokens
-from torchao_qig.calibrate.groups import join
+from torchao_qig.calibrate.chains import Chain
+from torchao_qig.calibrate.groups import join, linears_in
 from torchao_qig.calibrate.observer import first_tensor
+from torchao_qig.calibrate.stream import Piece
 
 
 def _labels(batch: Batch, answer: Tensor) -> Tensor:
@@ -43,8 +46,38 @@ def split(tokens: Tokens) -> tuple[Tensor, Tensor]:
     return answer & tokens.counted, tokens.vision & tokens.counted
 
 
-class ModalityRatios:
-    """Adds up what batches show; `of(block, module)` is the ratio."""
+@dataclass
+class Ratios:
+    """A vision token's weight relative to an answer token's, by module; and how many answer and vision tokens there are."""
+
+    given: float | dict[str, float] | None = None
+    found: dict[str, float] = field(default_factory=dict)
+    counts: tuple[float, float] = (0.0, 0.0)
+
+    @classmethod
+    def measured(
+        cls, model: nn.Module, chain: Chain, linears: set[str], batches: list[Batch], pieces: list[Piece], given: float | dict[str, float] | None
+    ) -> "Ratios":
+        masks = [split(p.tokens) for p in pieces]
+        answers, vision = ranks.summed(torch.tensor([sum(float(m[i].sum()) for m in masks) for i in (0, 1)], dtype=torch.float64)).tolist()
+        ratios = cls(given, counts=(answers, vision))
+        if given is None:
+            inside = {b: [n for n in linears_in(model.get_submodule(b)) if join(b, n) in linears] for b in chain.names}
+            gradients = ModalityGradients(model, chain.names, inside)
+            for batch in batches:
+                gradients.add(batch)
+            ratios.found = gradients.ratios()
+        return ratios
+
+    def of(self, name: str) -> float:
+        """That of a module, by its full name."""
+        if isinstance(self.given, dict):
+            return next((float(v) for part, v in self.given.items() if part in name), 1.0)
+        return float(self.given) if self.given is not None else self.found.get(name, 1.0)
+
+
+class ModalityGradients:
+    """Adds up what batches show."""
 
     def __init__(self, root: nn.Module, blocks: list[str], linears: dict[str, list[str]]) -> None:
         self.root, self.blocks = root, blocks
@@ -96,7 +129,7 @@ class ModalityRatios:
             for handle in handles:
                 handle.remove()
 
-    def finish(self) -> dict[str, float]:
+    def ratios(self) -> dict[str, float]:
         """Ratio of every watched module by full name."""
         ratios: dict[str, dict[str, float]] = {}
         for block in self.blocks:

@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1  # of the files
+from torchao_qig.tensor import PackedIntTensor
+from torchao_qig.tensor.packed import DATA
+
+FORMAT = 2  # of the files
 MODALITIES = {"padding": 0, "text": 1, "vision": 2, "answer": 3}
 
 
@@ -30,6 +33,7 @@ class GroupResult:
         losses: candidate number -> loss, of those evaluated on all samples. 0 is plain rounding.
         x_mean: mean magnitude of the input's channels.
         scale: the equalization scale, float32.
+        squared_errors: where calibration chose the integers: the weighted squared error of rounding to nearest, and theirs.
     """
 
     label: str
@@ -44,6 +48,7 @@ class GroupResult:
     losses: dict[int, float]
     x_mean: Tensor
     scale: Tensor
+    squared_errors: tuple[float, float] | None = None
 
     @property
     def loss(self) -> float:
@@ -81,6 +86,7 @@ class Calibration:
         tokens: label -> per sample weights.
         modality: per sample what each token is.
         completeness: label -> per sample error.
+        weights: linear -> its packed weight, where calibration chose the integers (`clip`, `compensate`).
         settings: the config's public fields.
         stats: seconds, peak memory, number of samples and tokens, versions.
     """
@@ -90,6 +96,7 @@ class Calibration:
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     modality: list[Tensor] = field(default_factory=list)
     completeness: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, PackedIntTensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -113,13 +120,32 @@ class Calibration:
         error = self.completeness.get(group.label, torch.full((len(weights),), torch.nan))
         return TokenWeights(weights, modality, error)
 
+    def of_block(self, block: str) -> "Calibration":
+        """What was found in one block."""
+        labels = [label for label, g in self.groups.items() if g.block == block]
+        return Calibration(
+            groups={k: self.groups[k] for k in labels},
+            tokens={k: v for k, v in self.tokens.items() if k in labels},
+            completeness={k: v for k, v in self.completeness.items() if k in labels},
+            weights={k: v for k, v in self.weights.items() if not block or k == block or k.startswith(f"{block}.")},
+        )
+
+    def add(self, other: "Calibration") -> None:
+        """Take over what was found in another block."""
+        self.groups |= other.groups
+        self.tokens |= other.tokens
+        self.completeness |= other.completeness
+        self.weights |= other.weights
+
     def summary(self) -> str:
         """One line per group: the loss of plain rounding, the winner's, its ratio and where its scale went; then what it took."""
         width = max((len(label) for label in self.groups), default=5)
-        lines = [f"{'group':{width}}  weights   rounding    chosen  ratio  scale in"]
+        left = any(g.squared_errors for g in self.groups.values())  # what choosing the integers leaves of the squared error
+        lines = [f"{'group':{width}}  weights   rounding    chosen  ratio  {'left   ' if left else ''}scale in"]
         for g in self.groups.values():
             where = g.fold_into or g.fold_kind
-            lines.append(f"{g.label:{width}}  {g.weighting:8} {g.rounding_loss:9.3e} {g.loss:9.3e}  {g.ratio:5.2f}  {where}")
+            part = f"{g.squared_errors[1] / max(g.squared_errors[0], 1e-300):5.1%}  " if g.squared_errors else ""
+            lines.append(f"{g.label:{width}}  {g.weighting:8} {g.rounding_loss:9.3e} {g.loss:9.3e}  {g.ratio:5.2f}  {part}{where}")
         if "seconds" in self.stats:
             device = f", {self.stats['peak_device_bytes'] / 2**20:.0f} MiB on the device" if "peak_device_bytes" in self.stats else ""
             lines.append(f"{self.stats['samples']} samples, {self.stats['seconds']:.1f} s, peak memory {self.stats['peak_host_bytes'] / 2**20:.0f} MiB{device}")
@@ -139,8 +165,11 @@ class Calibration:
             if g.label in self.tokens:
                 tensors |= _packed(f"{number}.weights", self.tokens[g.label])
         tensors |= _packed("modality", self.modality)
+        for name, w in self.weights.items():
+            tensors |= {f"{name}.{data}": getattr(w, data) for data in DATA}
         tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-        described = {"format": FORMAT, "groups": groups, "grids": self.grids, "settings": self.settings, "stats": self.stats}
+        shapes = {name: [w.bits, w.group_size, w.rows, w.columns] for name, w in self.weights.items()}
+        described = {"format": FORMAT, "groups": groups, "grids": self.grids, "weights": shapes, "settings": self.settings, "stats": self.stats}
         _replace(directory / "calibration.safetensors", lambda p: save_file(tensors, p))
         _replace(directory / "calibration.json", lambda p: p.write_text(json.dumps(described, indent=1)))
 
@@ -158,6 +187,8 @@ class Calibration:
             )
         tensors = load_file(directory / "calibration.safetensors")
         found = cls(grids=described["grids"], settings=described["settings"], stats=described["stats"], modality=_unpacked("modality", tensors))
+        for name, shape in described["weights"].items():
+            found.weights[name] = PackedIntTensor(*(tensors[f"{name}.{data}"] for data in DATA), *shape)
         for number, fields in enumerate(described["groups"]):
             fields["losses"] = {int(k): v for k, v in fields["losses"].items()}
             group = GroupResult(**fields, x_mean=tensors[f"{number}.x_mean"], scale=tensors[f"{number}.scale"])

@@ -24,6 +24,7 @@ from torchao_qig.calibrate.groups import Group, join, labels, linears_in
 from torchao_qig.calibrate.observer import replica
 from torchao_qig.calibrate.plan import Plan, choose
 from torchao_qig.calibrate.result import Calibration, GroupResult
+from torchao_qig.calibrate.rounding import Rounding
 from torchao_qig.calibrate.store import Store
 from torchao_qig.calibrate.stream import Piece, Stream
 from torchao_qig.calibrate.work import Work
@@ -74,8 +75,7 @@ class Run:
         self.steps: dict[str, int] = {}  # points of the Gauss rule, by group
         self.hints: dict[tuple[Group, ...], dict[Group, Fold | None]] = {}
         self.samples: dict[tuple[int, int], int] = {}
-        self.ratios: dict[str, float] = {}
-        self.counts = (0.0, 0.0)
+        self.ratios = modality.Ratios()
         self.cuttable = False
 
     def run(self, loader: Iterable[Any]) -> Calibration:
@@ -87,7 +87,7 @@ class Run:
         logger.info("%s", plan)
         if self.config.verbose and ranks.rank() == 0:
             tqdm.write(str(plan), file=sys.stderr)
-        if self.config.sensitivity is not None:
+        if self.config.sensitivity is not None or self.config.rounds:
             self._run_chains(plan, [first, *batches])
         self.found.grids = {n: grid_of(self.linears[n]) for n in sorted(plan.linears)}
         self._describe()
@@ -125,10 +125,11 @@ class Run:
         self._number_samples(stream)
         self.cuttable = stream.cuttable
         if self.config.sensitivity == "modality":
-            self._modality(chain, plan, batches, stream)
+            self.ratios = modality.Ratios.measured(self.model, chain, plan.linears, batches, stream.pieces, self.config.modality_ratio)
         if last:
             batches.clear()  # large images are no longer needed
-        self.distortion = Distortion(stream) if self.config.propagate_error and not chain.whole_model else None
+        apart = self.config.compensate or (self.config.propagate_error and not chain.whole_model)
+        self.distortion = Distortion(stream) if apart else None
         done, progress = self._resume(stream, chain)
         bar = tqdm(total=len(chain.names), initial=done, desc="calibrating", unit="block", disable=not self.config.verbose or ranks.rank() > 0)
         with bar:
@@ -143,7 +144,7 @@ class Run:
                 stream.next_block()
                 if progress is not None and index >= done:
                     hidden = self._hidden(stream)
-                    progress.save(index + 1, self._block_result(name), hidden, {"searched": self.searched, "steps": self.steps, "ran": sorted(self.ran)})
+                    progress.save(index + 1, self.found.of_block(name), hidden, {"searched": self.searched, "steps": self.steps, "ran": sorted(self.ran)})
         self.found.modality = gather.modalities(stream.pieces) or self.found.modality
         self._count_files(stream.store)
 
@@ -183,26 +184,9 @@ class Run:
         part = {i: [r for r, row in enumerate(p.rows) if self.samples[p.batch, row] % step == 0] for i, p in enumerate(pieces)}
         return part if self.cuttable else {i: list(range(len(pieces[i].rows))) if rows else [] for i, rows in part.items()}
 
-    def _modality(self, chain: Chain, plan: Plan, batches: list[Batch], stream: Stream) -> None:
-        masks = [modality.split(p.tokens) for p in stream.pieces]
-        sums = torch.tensor([sum(float(m[i].sum()) for m in masks) for i in (0, 1)], dtype=torch.float64)
-        self.counts = tuple(ranks.summed(sums).tolist())
-        if self.config.modality_ratio is None:
-            inside = {b: [n for n in linears_in(self.model.get_submodule(b)) if join(b, n) in plan.linears] for b in chain.names}
-            ratios = modality.ModalityRatios(self.model, chain.names, inside)
-            for batch in batches:
-                ratios.add(batch)
-            self.ratios = ratios.finish()
-
-    def _ratio(self, name: str) -> float:
-        given = self.config.modality_ratio
-        if isinstance(given, dict):
-            return next((float(v) for part, v in given.items() if part in name), 1.0)
-        return float(given) if given is not None else self.ratios.get(name, 1.0)
-
     def _hidden(self, stream: Stream) -> list[Tensor]:
         """All that has to be kept of the samples between two blocks."""
-        return [p.hidden for p in stream.pieces if p.hidden is not None] + (self.distortion.hidden if self.distortion else [])
+        return [p.hidden for p in stream.pieces if p.hidden is not None] + [h for h in (self.distortion.hidden if self.distortion else []) if h is not None]
 
     def _resume(self, stream: Stream, chain: Chain) -> tuple[int, resume.Progress | None]:
         if self.config.checkpoint_dir is None:
@@ -216,24 +200,14 @@ class Run:
         if done:
             found, states, notes = progress.load(done)
             for part in found:
-                self.found.groups |= part.groups
-                self.found.tokens |= part.tokens
-                self.found.completeness |= part.completeness
+                self.found.add(part)
             self.searched, self.steps, self.ran = notes["searched"], notes["steps"], set(notes["ran"])
             for piece, state in zip((p for p in stream.pieces if p.hidden is not None), states, strict=False):
                 piece.hidden = state
-            if self.distortion:
+            if self.distortion and states:
                 self.distortion.hidden = states[len(stream.pieces) :]
             logger.info("continuing after block %d of %d", done, len(chain.names))
         return done, progress
-
-    def _block_result(self, block: str) -> Calibration:
-        labels_here = [label for label, g in self.found.groups.items() if g.block == block]
-        return Calibration(
-            groups={k: self.found.groups[k] for k in labels_here},
-            tokens={k: v for k, v in self.found.tokens.items() if k in labels_here},
-            completeness={k: v for k, v in self.found.completeness.items() if k in labels_here},
-        )
 
     # One block
 
@@ -257,12 +231,19 @@ class Run:
         names = dict(zip(groups, labels(groups, name), strict=True))
         results: list[GroupResult] = []
         for work in block.works:
-            if folds[work.group] is not None or self.config.pre_scale:  # else it stays without a scale
-                bent = quantized_so_far(block, name, results, mine) if self.distortion else None
+            placed = folds[work.group] is not None or self.config.pre_scale
+            if placed and self.config.sensitivity is not None:
+                bent = quantized_so_far(block, name, results, mine) if self.config.propagate_error else None
                 results.append(self._run_group(block, work, names[work.group], name, folds[work.group], bent))
-            work.parts.clear()
+            elif self.config.rounds:  # it stays without a scale
+                self._weigh(block, work, name)
+            work.only_inputs() if self.config.rounds else work.parts.clear()
+        if self.config.rounds:
+            bent = self._round(block, name, results, mine)
+        elif self.distortion:
+            bent = quantized_so_far(block, name, results, mine)
         if self.distortion:
-            self.distortion.advance(block, quantized_so_far(block, name, results, mine))
+            self.distortion.advance(block, bent)
         self._count_files(block.store)
         before, after = (sum(losses) for losses in zip(*((r.rounding_loss, r.loss) for r in results), strict=True)) if results else (0.0, 0.0)
         return after / before - 1 if before > 0 else None
@@ -285,10 +266,8 @@ class Run:
         return find
 
     def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None, bent: nn.Module | None) -> GroupResult:
-        sensitivity = "uniform" if self.searched < self.config.warmup_groups else str(self.config.sensitivity)
-        self.searched += 1
         pieces = block.stream.pieces
-        block.weigh(work, sensitivity, self._ratio(join(block_name, work.group.inspected)), self.counts)
+        self._weigh(block, work, block_name)
         if self.distortion and bent is not None:
             self.distortion.feed(block, bent, work)
         x_mean = work.x_mean(block.weight(work.group.linears[0]).shape[1], block.device)
@@ -299,11 +278,29 @@ class Run:
         ratio = search.ratios(self.config.grid)[winner]
         result = GroupResult(
             label=label, block=block_name, linears=[join(block_name, n) for n in work.group.linears], inspected=join(block_name, work.group.inspected),
-            weighting=sensitivity, fold_kind=fold.kind if fold else "act_pre_scale", fold_into=join(block_name, fold.producer) if fold else "",
+            weighting=work.weighting, fold_kind=fold.kind if fold else "act_pre_scale", fold_into=join(block_name, fold.producer) if fold else "",
             ratio=ratio, winner=winner, losses=losses, x_mean=x_mean.cpu(), scale=search.scale_for(x_mean, ratio).cpu(),
         )  # fmt: skip
         self.found.groups[label] = result
         return result
+
+    def _weigh(self, block: Block, work: Work, block_name: str) -> None:
+        warming_up = self.searched < self.config.warmup_groups
+        self.searched += 1
+        sensitivity = "uniform" if warming_up or self.config.sensitivity is None else self.config.sensitivity
+        block.weigh(work, sensitivity, self.ratios.of(join(block_name, work.group.inspected)), self.ratios.counts)
+
+    def _round(self, block: Block, name: str, results: list[GroupResult], mine: dict[str, QIGWeightOnlyConfig]) -> nn.Module:
+        """Choose the integers of a block; what it becomes."""
+        rounding = Rounding(self.model, block, name, results, mine, self.distortion if self.config.compensate else None)
+        result_of = {linear: r for r in results for linear in r.linears}
+        for work in block.works:
+            packed, errors = rounding.round(work)
+            self.found.weights |= packed
+            if (result := result_of.get(next(iter(packed)))) is not None:
+                result.squared_errors = errors
+            work.parts.clear()
+        return rounding.bent
 
     def _describe(self) -> None:
         stats = self.found.stats

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchao_qig.calibrate import ranks, search
 from torchao_qig.calibrate.batches import Tokens
 from torchao_qig.calibrate.groups import Group
-from torchao_qig.calibrate.observer import Observer, Seen
+from torchao_qig.calibrate.observer import Call, Observer, Seen
 from torchao_qig.calibrate.stream import cut
 from torchao_qig.calibrate.tokens import Layout
 
@@ -23,6 +23,12 @@ class Part:
     weights: Tensor | None = None  # (B, T) of the layout's grid
     completeness: Tensor | None = None
     rounded_out: Tensor | None = None  # the inspected module's output with the group's linears plainly rounded, where it fell out
+    exact_x: Tensor | None = None  # the group's input at full precision, where `seen` has another
+
+    @property
+    def exact(self) -> Tensor:
+        """The group's input at full precision."""
+        return self.seen.x if self.exact_x is None else self.exact_x
 
 
 @dataclass
@@ -34,6 +40,11 @@ class Work:
     total: Tensor | None = None
     count: float = 0.0
     weighting: str = "none"
+
+    def only_inputs(self) -> None:
+        """Forget what the search needed."""
+        for part in self.parts:
+            part.seen, part.rounded_out = Seen(part.seen.x, Call((), {}), part.seen.x), None
 
     def x_mean(self, channels: int, device: torch.device) -> Tensor:
         total = torch.zeros(channels, dtype=torch.float64, device=device) if self.total is None else self.total

@@ -47,7 +47,7 @@ def _grouped(w: Tensor, group_size: int) -> Tensor:
     return w.unflatten(-1, (-1, k if group_size == -1 else group_size))
 
 
-def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` in its storage dtype, positive and finite."""
     finfo = torch.finfo(dtype)
     if dtype != torch.float16:
@@ -58,7 +58,7 @@ def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def choose_qparams(
-    w: Tensor, bits: int, group_size: int, symmetric: bool = False, official: bool = False, dtype: torch.dtype | None = None
+    w: Tensor, bits: int, group_size: int, symmetric: bool = False, official: bool = False, dtype: torch.dtype | None = None, shrink: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Scale (in `dtype`, by default w's) and zero (uint8) of every group, both (..., N, G).
 
@@ -69,16 +69,17 @@ def choose_qparams(
         symmetric: a grid centred on zero instead of one that spans the range.
         official: the published QIG rule, with its clamped zero and its floor of 1e-5 under the range.
         dtype: storage dtype of the scale.
+        shrink: the part of each group's range that the grid spans; weights beyond it are clipped.
     """
     dtype = dtype or w.dtype
     v = _grouped(w, group_size).to(_compute_dtype(w.dtype))
     if symmetric:
         levels = 2 ** (bits - 1) - 1
-        span = v.abs().amax(-1)
+        span = v.abs().amax(-1) * shrink
         low = torch.zeros_like(span)
     else:
         levels = 2**bits - 1
-        low, high = v.amin(-1), v.amax(-1)  # aminmax is not vectorised on the CPU
+        low, high = v.amin(-1) * shrink, v.amax(-1) * shrink  # aminmax is not vectorised on the CPU
         if not official:
             low, high = low.clamp(max=0), high.clamp(min=0)
         span = high - low
@@ -87,14 +88,14 @@ def choose_qparams(
     scale = span / levels
     if not symmetric:  # high - low overflows where the weights fill the whole float range
         scale = torch.where(scale.isinf(), high / levels - low / levels, scale)
-    scale = _store(scale, dtype)
+    scale = stored_scale(scale, dtype)
     if symmetric:
         return scale, torch.full(scale.shape, levels + 1, dtype=torch.uint8, device=w.device)
     zero = (-torch.round(low / scale.to(low.dtype))).clamp(0, levels)
     return scale, zero.to(torch.uint8)
 
 
-def _steps(v: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def nearest_steps(v: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The grid point nearest to every `v` (..., G, group), as its distance from zero in steps; a float, in new memory."""
     zero = zero.to(v.dtype).unsqueeze(-1)
     return torch.div(v, scale.to(v.dtype).unsqueeze(-1)).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero)
@@ -103,7 +104,7 @@ def _steps(v: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 def quantize(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
     """The code (uint8, 0 .. 2**bits - 1) of the grid point nearest to every weight."""
     v = _grouped(w, group_size).to(_compute_dtype(w.dtype))
-    return _steps(v, scale, zero, bits).add_(zero.unsqueeze(-1)).to(torch.uint8).flatten(-2)
+    return nearest_steps(v, scale, zero, bits).add_(zero.unsqueeze(-1)).to(torch.uint8).flatten(-2)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,7 +133,7 @@ def fake_quantize(
     for part, dense in zip(w.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True):
         part = part.to(compute) if columns is None else part.to(compute) * columns
         scale, zero = choose_qparams(part, bits, group_size, symmetric, official, dtype or w.dtype)
-        values = _steps(_grouped(part, group_size), scale, zero, bits).mul_(scale.to(compute).unsqueeze(-1)).flatten(-2)
+        values = nearest_steps(_grouped(part, group_size), scale, zero, bits).mul_(scale.to(compute).unsqueeze(-1)).flatten(-2)
         if columns is None:
             dense.copy_(values)
         else:

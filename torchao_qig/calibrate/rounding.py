@@ -1,0 +1,121 @@
+"""Choose the integers of one block's linears, group after group (`clip=True`, `compensate=True`).
+
+All scales of the block are known by then. With `compensate` a group is rounded on the inputs that the model quantized so far
+gives it, and aims at the outputs of full precision: what was rounded before is partly repaired.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchao_qig.calibrate import ranks
+from torchao_qig.calibrate.apply import Scales
+from torchao_qig.calibrate.block import Block
+from torchao_qig.calibrate.compensate import clipped_qparams, compensated, row_errors, target
+from torchao_qig.calibrate.distort import Distortion
+from torchao_qig.calibrate.fold import scaled_linear
+from torchao_qig.calibrate.groups import join
+from torchao_qig.calibrate.observer import replica
+from torchao_qig.calibrate.result import Calibration, GroupResult
+from torchao_qig.calibrate.work import Part, Work
+from torchao_qig.config import QIGWeightOnlyConfig
+from torchao_qig.tensor import PackedIntTensor, affine
+
+
+class Grams(NamedTuple):
+    """Weighted sums over tokens: x x^T, and d x^T where x + d is the full-precision input."""
+
+    x: Tensor
+    d: Tensor
+
+
+class Rounding:
+    """One block on its way to integers."""
+
+    def __init__(
+        self, root: nn.Module, block: Block, name: str, results: Iterable[GroupResult], configs: dict[str, QIGWeightOnlyConfig], distortion: Distortion | None
+    ) -> None:
+        self.root, self.block, self.name, self.configs, self.distortion = root, block, name, configs, distortion
+        self.scales = Scales(root, Calibration(groups={r.label: r for r in results}), {join(name, n): c for n, c in configs.items()})
+        self.bent = replica(block.exact, block.device)  # the block as it will be
+        inside = {id(m): n for n, m in root.get_submodule(name).named_modules()}
+        for change in self.scales.norms:
+            assert change.value is not None
+            self._set(inside[id(change.module)], change.name, change.value)
+        for inner in configs:
+            self._put(inner, self._scaled(inner)[0])
+
+    def _set(self, module: str, name: str, value: Tensor) -> None:
+        setattr(self.bent.get_submodule(module), name, nn.Parameter(value.to(self.block.device, self.block.main_dtype), requires_grad=False))
+
+    def _scaled(self, inner: str) -> tuple[Tensor, Tensor | None]:
+        linear, full = self.root.get_submodule(join(self.name, inner)), join(self.name, inner)
+        assert isinstance(linear, nn.Linear)
+        weight, bias = scaled_linear(linear, self.scales.columns.get(full), self.scales.rows.get(full))
+        return weight.to(self.block.device), bias
+
+    def _put(self, inner: str, weight: Tensor) -> None:
+        """Give the bent block a weight that already carries its scales."""
+        before, bias = self.scales.before.get(join(self.name, inner)), self._scaled(inner)[1]
+        self._set(inner, "weight", weight if before is None else weight * before.to(weight))
+        if bias is not None:
+            self._set(inner, "bias", bias)
+
+    def round(self, work: Work) -> tuple[dict[str, PackedIntTensor], tuple[float, float]]:
+        """The packed weights of a group, and its squared error: of rounding to nearest, and of these."""
+        packed: dict[str, PackedIntTensor] = {}
+        sums = self._grams(work)
+        by_config: dict[int, list[str]] = {}
+        for inner in work.group.linears:
+            by_config.setdefault(id(self.configs[inner]), []).append(inner)
+        nearest = final = 0.0
+        for names in by_config.values():
+            config = self.configs[names[0]]
+            weights = [self._scaled(inner)[0] for inner in names]
+            codes, scale, zero, errors = rounded(torch.cat(weights), sums, config, config.dtype or self.block.model_dtype)
+            nearest, final = nearest + errors[0], final + errors[1]
+            dense = affine.dequantize(codes, scale, zero, config.group_size, torch.float32)
+            sizes = [len(w) for w in weights]
+            for inner, c, s, z, d in zip(names, *(t.split(sizes) for t in (codes, scale, zero, dense)), strict=True):
+                self._put(inner, d)
+                packed[join(self.name, inner)] = PackedIntTensor.from_codes(c, s, z, config.bits, config.group_size).cpu()
+        return packed, (nearest, final)
+
+    def _grams(self, work: Work) -> Grams:
+        full = join(self.name, work.group.linears[0])
+        columns, before = (None if t is None else t.to(self.block.device) for t in (self.scales.columns.get(full), self.scales.before.get(full)))
+        channels = self.block.weight(work.group.linears[0]).shape[1]
+        total = torch.zeros(2, channels, channels, device=self.block.device)
+        for part, now in self._inputs(work):
+            assert part.weights is not None
+            weights = part.layout.from_grid(part.weights).reshape(-1, 1).to(self.block.device)
+            exact, now = (part.layout.view(t.to(self.block.device)).flatten(0, 1).float() for t in (part.exact, now))
+            exact = exact if columns is None else exact / columns
+            now = exact if now is exact else now if before is None else now * before
+            total += torch.stack([(weights * now).T @ now, (weights * (exact - now)).T @ now])
+        return Grams(*ranks.summed(total))
+
+    def _inputs(self, work: Work) -> Iterator[tuple[Part, Tensor]]:
+        """Each part, with the group's input as the bent block has it."""
+        if self.distortion is None:
+            yield from ((part, part.exact) for part in work.parts)
+        else:
+            yield from ((part, part.exact if seen is None else seen.x) for part, seen in self.distortion.watch(self.block, self.bent, work))
+
+
+def rounded(w: Tensor, sums: Grams, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
+    """Codes, scale and zero of a weight that carries its scales already; its error rounded to nearest, and so."""
+    grid = config.bits, config.group_size
+    wanted = target(w, sums.x, sums.d, config.damping, config.repair) if config.compensate and config.repair else w
+    scale, zero = affine.choose_qparams(w, *grid, config.symmetric, config.official, dtype)
+    nearest = affine.dequantize(affine.quantize(w, scale, zero, *grid), scale, zero, config.group_size, w.dtype)
+    if config.clip:
+        scale, zero = clipped_qparams(wanted, sums.x, *grid, config.symmetric, config.official, dtype)
+    codes = affine.quantize(wanted, scale, zero, *grid)
+    if config.compensate:
+        codes, scale = compensated(wanted, sums.x, scale, zero, *grid, config.damping)
+    final = affine.dequantize(codes, scale, zero, config.group_size, w.dtype)
+    before, after = (float(row_errors(q - wanted, sums.x).sum(dtype=torch.float64)) for q in (nearest, final))
+    return codes, scale, zero, (before, after)
