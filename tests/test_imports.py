@@ -19,6 +19,7 @@ ORDER = [
     "calibrate.gather",
     "calibrate.modality",
     "calibrate.rounding",
+    "calibrate.allocate",
     "calibrate.distort",
     "calibrate.block",
     "calibrate.apply",

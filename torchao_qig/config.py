@@ -9,6 +9,7 @@ from torchao.core.config import AOBaseConfig
 from torchao_qig._compat import AnnouncedConfig, QuantizeCall
 from torchao_qig.tensor.affine import check_grid
 
+FULL = 16  # bits of a weight that is not quantized
 DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,7 +56,10 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     loaders of saved checkpoints need.
 
     The quantized form:
-        bits, group_size, symmetric, dtype: see `PackedIntWeightOnlyConfig`.
+        bits, group_size, symmetric, dtype: see `PackedIntWeightOnlyConfig`. `bits` may also be "auto", or a dict from names of linears
+            to 1 to 8, or 16 for those that stay as they are.
+        budget: for bits="auto": the mean number of bits per weight, scales not counted, 16 for a weight that stays.
+        max_bytes: for bits="auto", instead: what the weights may take in all, scales counted.
         base_config: another torchao config to quantize with, instead of these; its weights must take an `act_pre_scale`.
         modules: names of modules whose linears are quantized ("visual", "lm_head", "model.layers.3"; a name stands for all
             that ends in it); None: the decoder's repeated blocks.
@@ -91,10 +95,12 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         verbose: show a progress bar.
     """
 
-    bits: int = 3
+    bits: Any = 3
     group_size: int = 128
     symmetric: bool = False
     dtype: torch.dtype | None = None
+    budget: float | None = None
+    max_bytes: int | None = None
     base_config: AOBaseConfig | None = None
     modules: list[str] | None = None
     fold: bool = True
@@ -126,7 +132,9 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     version: int = 1
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size, self.symmetric)
+        for bits in {b for b in self.bits.values() if b != FULL} if isinstance(self.bits, dict) else {4 if self.bits == "auto" else self.bits}:
+            check_grid(bits, self.group_size, self.symmetric)
+        self._check_budget()
         _check_dtype("dtype", self.dtype)
         _check_dtype("compute_dtype", self.compute_dtype)
         _check_choice("sensitivity", self.sensitivity, ("qig", "modality", "uniform", None))
@@ -150,6 +158,22 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
             raise ValueError("base_config: chooses its own integers; leave it out, or clip=True and compensate=True")
         if self.step == "prepare" and self.calib is not None:
             raise ValueError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
+
+    def _check_budget(self) -> None:
+        _check_count("max_bytes", self.max_bytes, 1, True)
+        if self.budget is not None:
+            _check_number("budget", self.budget, 2, FULL)
+        given = [name for name in ("budget", "max_bytes") if getattr(self, name) is not None]
+        if (self.bits == "auto") != (len(given) == 1):
+            raise ValueError(
+                f"bits={self.bits!r} with {' and '.join(given) or 'no budget'}: bits='auto' takes one of budget= and max_bytes=, other bits neither"
+            )
+        if not isinstance(self.bits, int) and self.base_config is not None:
+            raise ValueError(f"bits={self.bits!r}: base_config has its own bits; leave one of them out")
+
+    def at(self, bits: int) -> "QIGWeightOnlyConfig":
+        """The same with so many bits for every weight."""
+        return replace(self, bits=bits, budget=None, max_bytes=None)
 
     @property
     def rounds(self) -> bool:

@@ -154,6 +154,7 @@ def qig_weight_only(module: nn.Module, config: QIGWeightOnlyConfig, *, parameter
 
 def _uncalibrated(weight: Tensor, config: QIGWeightOnlyConfig) -> Tensor:
     """What loaders need, without importing calibration."""
+    _refuse_without_data(config)
     if config.base_config is not None:
         packed = _compat.quantized_weight(weight, config.base_config)
     else:
@@ -161,6 +162,11 @@ def _uncalibrated(weight: Tensor, config: QIGWeightOnlyConfig) -> Tensor:
     if config.pre_scaled:
         packed.act_pre_scale = torch.ones(weight.shape[-1], dtype=weight.dtype, device=weight.device)
     return packed
+
+
+def _refuse_without_data(config: QIGWeightOnlyConfig) -> None:
+    if not isinstance(config.bits, int):
+        raise ValueError(f"bits={config.bits!r} needs calib=: the bits of each linear come from calibration")
 
 
 def calibrated_call(call: _compat.QuantizeCall) -> None:
@@ -171,7 +177,10 @@ def calibrated_call(call: _compat.QuantizeCall) -> None:
     if config.step == "prepare":
         _prepare(call, config)
         return
+    if any(not isinstance(a.config.bits, int) for a in assigned) and call.config is not config:
+        raise ValueError(f"bits={config.bits!r} inside {type(call.config).__name__}: pass such a config to quantize_ itself")
     if config.calib is None and config.step is None:
+        _refuse_without_data(config)
         check_assignments(call)
         if sum(isinstance(m, nn.Linear) for m in call.model.modules()) > 1 and config.sensitivity is not None:
             warnings.warn("calib=None: weights are rounded to nearest, without calibration; pass calib= to calibrate", stacklevel=4)
@@ -223,7 +232,9 @@ def _targets(found: "Calibration", linears: dict[str, QIGWeightOnlyConfig]) -> d
     """The linears that this call quantizes, with their configs."""
     from torchao_qig.calibrate.apply import grid_of
 
-    targets = {name: config for name, config in linears.items() if name in found.grids}
+    targets = {
+        name: config if isinstance(config.bits, int) else config.at(int(found.grids[name][0])) for name, config in linears.items() if name in found.grids
+    }
     if not targets:
         raise ValueError(f"calib: the calibration covers none of the linears chosen here; it has {', '.join(found.grids) or 'none'}")
     for name, config in targets.items():

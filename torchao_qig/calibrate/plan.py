@@ -19,7 +19,7 @@ class Plan:
     linears: set[str]
     left: dict[str, list[str]] = field(default_factory=dict)
     bytes_before: int = 0
-    bytes_after: float = 0.0
+    bytes_after: int = 0
 
     def __str__(self) -> str:
         blocks = ", ".join(f"{c.names[0]} .. {c.names[-1]}" if len(c.names) > 1 else c.names[0] or "the whole model" for c in self.chains)
@@ -76,6 +76,13 @@ def _reason(model: nn.Module, linear: nn.Linear, config: QIGWeightOnlyConfig, sh
     return None
 
 
+def packed_bytes(linear: nn.Linear, config: QIGWeightOnlyConfig) -> int:
+    """What a weight takes: its codes, a scale and a zero point per group."""
+    rows, columns = linear.weight.shape
+    groups = columns // config.group_size if config.group_size > 0 else 1
+    return rows * columns * config.bits // 8 + rows * max(groups, 1) * (linear.weight.element_size() + 1)
+
+
 def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOnlyConfig], config: QIGWeightOnlyConfig) -> Plan:
     """What to do about these linears; `chains` are those that the model ran."""
     modules: dict[str, nn.Linear] = {n: m for n, m in model.named_modules() if n in linears and isinstance(m, nn.Linear)}
@@ -96,8 +103,7 @@ def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOn
             plan.linears.add(name)
             size = linear.weight.numel()
             plan.bytes_before += size * linear.weight.element_size()
-            groups = linear.weight.shape[1] // (linears[name].group_size if linears[name].group_size > 0 else linear.weight.shape[1])
-            plan.bytes_after += size * linears[name].bits / 8 + linear.weight.shape[0] * max(groups, 1) * (linear.weight.element_size() + 1)
+            plan.bytes_after += packed_bytes(linear, linears[name])
         else:
             plan.left.setdefault(why, []).append(name)
     stacks = [f"{m}.{n}" for m, module in model.named_modules() for n, p in module._parameters.items() if _is_stack(module, p) and _is_inside(m, wanted)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchao_qig.calibrate import gather, modality, ranks, resume, search
+from torchao_qig.calibrate.allocate import allocate, prices
 from torchao_qig.calibrate.apply import grid_of, rounder
 from torchao_qig.calibrate.batches import Batch, naming, read
 from torchao_qig.calibrate.block import CHEAP, DEAR, Block
@@ -28,7 +29,7 @@ from torchao_qig.calibrate.rounding import Rounding
 from torchao_qig.calibrate.store import Store
 from torchao_qig.calibrate.stream import Piece, Stream
 from torchao_qig.calibrate.work import Work
-from torchao_qig.config import QIGWeightOnlyConfig
+from torchao_qig.config import FULL, QIGWeightOnlyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ def calibrate(model: nn.Module, loader: Iterable[Any], config: QIGWeightOnlyConf
 
 def calibrate_linears(model: nn.Module, loader: Iterable[Any], config: QIGWeightOnlyConfig, linears: dict[str, QIGWeightOnlyConfig]) -> Calibration:
     """The same for these linears, each with the grid of its own config."""
+    if isinstance(config.bits, dict):
+        unknown = sorted(set(config.bits) - set(linears))
+        if unknown:
+            raise ValueError(f"bits: no such linear, or not among those chosen: {', '.join(unknown)}; pass full names, as in Calibration.grids")
+        linears = {n: c.at(config.bits[n]) for n, c in linears.items() if config.bits.get(n, FULL) != FULL}
     with quiet(model):
         return Run(model, config, linears).run(loader)
 
@@ -83,6 +89,10 @@ class Run:
         first = next(batches)
         with naming(self.model, first):
             chains = find_chains(self.model, first)
+        if self.config.bits == "auto":
+            rest = list(batches)
+            self._allocate(chains, [first, *rest])
+            batches = iter(rest)
         plan = choose(self.model, chains, self.linears, self.config)
         logger.info("%s", plan)
         if self.config.verbose and ranks.rank() == 0:
@@ -102,6 +112,13 @@ class Run:
         if not ranks.all_agree(bool(mine)):
             raise ValueError(f"calib: fewer batches than ranks ({ranks.world()}); make the batches smaller")
         return iter(mine)
+
+    def _allocate(self, chains: list[Chain], batches: list[Batch]) -> None:
+        """Give every linear its bits; those that keep all of theirs are not calibrated."""
+        plan = choose(self.model, chains, {n: c.at(8) for n, c in self.linears.items()}, self.config)
+        configs = {n: self.linears[n] for n in sorted(plan.linears)}
+        bits = allocate(self.model, batches, [b for c in plan.chains for b in c.names], configs, prices(self.model, configs))
+        self.linears = {n: c.at(bits.get(n, 8)) for n, c in self.linears.items() if bits.get(n) != FULL}
 
     def _run_chains(self, plan: Plan, batches: list[Batch]) -> None:
         for chain in plan.chains:

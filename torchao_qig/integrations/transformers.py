@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from torchao_qig._compat import FqnToConfig
 from torchao_qig.tensor import PackedIntTensor
 
 
@@ -43,8 +44,11 @@ def modules_left_alone(model: nn.Module) -> list[str]:
 
 def _loading_config(model: nn.Module, config: Any) -> Any:
     """The config that a loader should see: an algorithm with steps stands at its last, data is left out."""
+    packed = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
+    if hasattr(config, "for_loading") and not isinstance(config.bits, int):  # each linear has its own
+        return FqnToConfig({name: config.at(p.bits).for_loading(p.act_pre_scale is not None) for name, p in packed.items()})
     if hasattr(config, "for_loading"):
-        return config.for_loading(any(isinstance(p, PackedIntTensor) and p.act_pre_scale is not None for p in model.parameters()))
+        return config.for_loading(any(p.act_pre_scale is not None for p in packed.values()))
     return dataclasses.replace(config, step="prepare_for_loading") if hasattr(config, "step") and hasattr(config, "base_config") else config
 
 
