@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.timing import machine
 from recipes.evaluate import Answers, answer, batches, difference, scores
-from recipes.methods import METHODS, quantized
+from recipes.methods import METHODS, PAPERS, quantized
 from recipes.small_lvlm.data import FAMILIES, chosen
 from recipes.small_lvlm.model import WEIGHTS, load
 
@@ -84,7 +84,7 @@ HEAD = (
 def markdown(result: dict[str, Any]) -> str:
     """A table per setting, methods compared with the last one."""
     full = result["full precision"]["all"]
-    lines = [f"`{result['command']}`, {result['date']}, {result['machine']}.", ""]
+    lines = [f"`{result['command']}`, {result['date']}, {result['device']}, {result['threads']} threads, torch {result['torch']}.", ""]
     lines += [f"Full precision: accuracy {percent(full['accuracy'])} %, NLL {full['nll'][0]:.4f} per token.", ""]
     for setting, methods in result["settings"].items():
         lines += [f"### {setting}", "", "| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
@@ -104,7 +104,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(PAPERS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--name", default="accuracy")
@@ -112,8 +112,7 @@ def main() -> None:
 
     bench = Bench(args.pictures)
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks.accuracy --seeds {args.seeds} --pictures {args.pictures}", **machine(),
-        "full precision": scores(bench.base), "settings": {},
+        **machine(), "threads": torch.get_num_threads(), "full precision": scores(bench.base), "settings": {},
     }  # fmt: skip
     for setting in args.settings:
         found: dict[str, Answers] = {}

@@ -1,117 +1,112 @@
-"""Calibrate and quantize a small transformers model built in memory; print its size, its error, and its speed once compiled.
+"""Quantizes the small LVLM that comes with the repository and prints what that costs and gains.
 
-    python -m recipes.demo [--bits 3 4] [--layers 4] [--no-compile]
+    torchao-qig demo [--bits 3] [--samples 128] [--pictures 250] [--speed]
 
-The model has random weights (no download) whose norms make some channels large, as trained ones do: sizes and speed are those of
-a real model of this shape (the linears of a 0.5 B Qwen2), the error is what quantization does to these weights. "QIG" is calibrated
-on other tokens than those that the error is measured on.
+Full precision, rounding to nearest, and QIG side by side: accuracy, NLL and KL on test questions that the model has never seen,
+bytes of the decoder's linears, tokens per second of the compiled decoder, and one question with its picture (written to
+demo.png). Then the QIG model is saved and loaded again by plain `from_pretrained`.
 """
 
-import argparse
-import copy
+from __future__ import annotations
+
 import os
 import shutil
-import statistics
+import sys
 import tempfile
-import time
 import warnings
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torchao.quantization import quantize_
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 import torchao_qig
-from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
-
-
-def build(layers: int) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14, num_key_value_heads=2,
-        vocab_size=4096, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "layernorm" in name:
-                p.copy_(torch.randn(p.shape).exp())  # some channels are large, as in trained models
-    return model
+from benchmarks.timing import paired_seconds
+from recipes.evaluate import answer, batches, scores
+from recipes.methods import quantized
+from recipes.small_lvlm.data import Sample, chosen
+from recipes.small_lvlm.model import inputs, load
+from torchao_qig import PackedIntTensor
 
 
 def decoder_bytes(model: nn.Module) -> int:
     """Bytes of the linears in the decoder's blocks."""
-    weights = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]  # type: ignore[union-attr]
-    return sum(w.nbytes_packed() if isinstance(w, PackedIntTensor) else w.numel() * w.element_size() for w in weights)
+    weights = [m.weight for m in model.model.language_model.layers.modules() if isinstance(m, nn.Linear)]  # type: ignore[union-attr, operator]
+    return sum(w.nbytes_packed() if isinstance(w, PackedIntTensor) else w.numel() * 2 for w in weights)  # 2: as stored, in bfloat16
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, tokens: Tensor, reference: Tensor) -> float:
-    """Mean KL of the next-token distribution to the reference logits, in nats."""
-    p, q = reference.float().log_softmax(-1), model(tokens).logits.float().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-@torch.no_grad()
-def milliseconds_per_token(models: dict[str, nn.Module], repeats: int = 30) -> dict[str, float]:
-    """One decode step of the compiled blocks, the models taking turns."""
+def tokens_per_second(models: dict[str, nn.Module], repeats: int = 50) -> dict[str, float]:
+    """One decode step of the compiled decoders, the models taking turns."""
+    steps = {name: torch.compile(model.model.language_model, fullgraph=True, dynamic=False) for name, model in models.items()}  # type: ignore[union-attr]
     token = torch.tensor([[7]])
-    steps = {name: torch.compile(model.model, fullgraph=True, dynamic=False) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for step in steps.values():
-        step(token, use_cache=False)
-    for _ in range(repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(token, use_cache=False)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    seconds = paired_seconds({name: lambda step=step: step(token, use_cache=False) for name, step in steps.items()}, repeats)
+    return {name: 1 / float(np.median(values)) for name, values in seconds.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
-    args = parser.parse_args()
+@torch.no_grad()
+def say(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, sample: Sample, question: str) -> str:
+    """The greedy answer."""
+    batch = inputs(tokenizer, [sample.pixels], [question])
+    new = model.generate(**batch, max_new_tokens=64, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def drawn(pixels: np.ndarray, width: int = 56) -> str:
+    """A picture in colored half blocks, for a terminal."""
+    small = np.asarray(Image.fromarray(pixels).resize((width, width), Image.Resampling.BOX))
+    rows = zip(small[::2], small[1::2], strict=True)
+    cell = "\033[38;2;{};{};{}m\033[48;2;{};{};{}m▀"
+    return "\n".join("".join(cell.format(*a, *b) for a, b in zip(up, low, strict=True)) + "\033[0m" for up, low in rows)
+
+
+def main(bits: int = 3, samples: int = 128, pictures: int = 250, speed: bool = False) -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch")
-
-    full = build(args.layers)
-    tokens = torch.randint(0, 4096, (2, 64))
-    with torch.no_grad():
-        reference = full(tokens).logits
-    models: dict[str, nn.Module] = {"bf16": full}
-    for bits in args.bits:
-        models[f"int{bits}"] = copy.deepcopy(full)
-        quantize_(models[f"int{bits}"], PackedIntWeightOnlyConfig(bits=bits))
-    lowest = min(args.bits)
-    models[f"int{lowest} QIG"] = copy.deepcopy(full)
-    batches = [{"input_ids": torch.randint(0, 4096, (4, 64))} for _ in range(2)]
-    quantize_(models[f"int{lowest} QIG"], QIGWeightOnlyConfig(bits=lowest, calib=batches))
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    if speed and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         print("no C++ compiler found, which torch.compile needs on a CPU: no speed is measured")
-        args.compile = False
-    step = milliseconds_per_token(models) if args.compile else {}
+        speed = False
 
-    print(f"Qwen2, {args.layers} blocks of 896 x 4864, random weights, group 128, rounded to nearest or calibrated, {torch.get_num_threads()} CPU threads")
-    print(f"{'weights':9} {'MB':>7} {'smaller':>8} {'KL to bf16':>11}" + (f" {'ms/token':>9} {'faster':>7}" if step else ""))
+    tokenizer, full = load()
+    shown = list(chosen("test", pictures))
+    asked = batches(shown, tokenizer)
+    reference: list[Tensor] = []
+    results = {"full precision": scores(answer(full, asked, keep=reference))}
+    models: dict[str, nn.Module] = {"full precision": full}
+    for label, method in ((f"W{bits} rounded", "rtn"), (f"W{bits} QIG", "qig")):
+        models[label], seconds = quantized(full, tokenizer, method, count=samples, bits=bits, group_size=128)
+        results[label] = scores(answer(models[label], asked, reference))
+    print(f"\n{results['full precision']['questions']} test questions; QIG calibrated on {samples} other pictures in {seconds:.0f} s")
+
+    rate = tokens_per_second({name: model.to(torch.bfloat16) for name, model in models.items()}) if speed else {}
+    print(f"{'weights':15} {'accuracy':>9} {'NLL':>8} {'KL':>8} {'decoder MB':>11}" + (f" {'tokens/s':>9}" if rate else ""))
     for name, model in models.items():
-        size = decoder_bytes(model)
-        line = f"{name:9} {size / 1e6:7.2f} {decoder_bytes(full) / size:7.2f}x {divergence(model, tokens, reference):11.4f}"
-        print(line + (f" {step[name]:9.2f} {step['bf16'] / step[name]:6.2f}x" if step else ""))
+        every = results[name]["all"]
+        kl = every["kl"][0] if "kl" in every else 0.0
+        line = f"{name:15} {100 * every['accuracy'][0]:8.1f}% {every['nll'][0]:8.4f} {kl:8.4f} {decoder_bytes(model) / 1e6:11.2f}"
+        print(line + (f" {rate[name]:9.0f}" if rate else ""))
 
-    name, model = list(models.items())[-1]
+    sample = next(one for one in shown if "objects" in one.scene)
+    question = next(q for q in sample.questions if q.family == "spatial")
+    Image.fromarray(sample.pixels).resize((448, 448), Image.Resampling.NEAREST).save("demo.png")
+    print("\n" + (drawn(sample.pixels) if sys.stdout.isatty() else "picture: demo.png"))
+    print(f"{question.text}  (right: {question.answer})")
+    for name, model in models.items():
+        print(f"  {name:15} {say(model, tokenizer, sample, question.text)}")  # type: ignore[arg-type]
+
+    last = models[f"W{bits} QIG"]
     with tempfile.TemporaryDirectory() as directory:
-        torchao_qig.save_pretrained(model, directory)
-        loaded = Qwen2ForCausalLM.from_pretrained(directory)
-    with torch.no_grad():
-        same = torch.equal(loaded(tokens).logits, model(tokens).logits)
-    print(f"{name} saved with save_pretrained and loaded with from_pretrained: logits {'bit-identical' if same else 'DIFFER'}")
+        torchao_qig.save_pretrained(last, directory)
+        size = (Path(directory) / "model.safetensors").stat().st_size
+        loaded = LlavaOnevisionForConditionalGeneration.from_pretrained(directory)
+        with torch.no_grad():
+            batch = inputs(tokenizer, [one.pixels for one in shown[:2]], ["describe the picture."] * 2)
+            batch["pixel_values"] = batch["pixel_values"].to(loaded.dtype)
+            same = torch.equal(loaded(**batch).logits, last(**batch).logits)
+    verdict = "bit-identical" if same else "DIFFER"
+    print(f"\nsaved ({size / 1e6:.2f} MB, embeddings and vision tower included) and loaded with from_pretrained: logits {verdict}")
     if not same:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@
 
 The small LVLM on its own task, offline:
 
-    python -m recipes.lmms [--limit 200]
+    python -m recipes.lmms [--bits 3] [--method qig] [--limit 200]
 
 Needs lmms-eval (extra `eval`).
 """
@@ -14,21 +14,24 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-import yaml
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.timing import machine
+from recipes.methods import METHODS, quantized
 from recipes.small_lvlm.data import chosen
 from recipes.small_lvlm.model import inputs, load
 
@@ -109,8 +112,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--limit", type=int, help="questions")
+    parser.add_argument("--bits", type=int, help="quantize the model first")
+    parser.add_argument("--method", default="qig", choices=list(METHODS), help="with --bits")
+    parser.add_argument("--output", type=Path, help="file for the results, JSON")
     args = parser.parse_args()
     tokenizer, model = load()
+    if args.bits:
+        model = quantized(model, tokenizer, args.method, bits=args.bits, group_size=128)[0]
 
     def prepare(pictures: list[list[Image.Image]], questions: list[str]) -> dict[str, Tensor]:
         return inputs(tokenizer, [np.asarray(shown[0]) for shown in pictures], questions)
@@ -120,7 +128,10 @@ def main() -> None:
         lm = InMemory(model, prepare, lambda row: tokenizer.decode(row, skip_special_tokens=True))
         manager = TaskManager(include_path=folder, include_defaults=False)
         results = simple_evaluate(lm, tasks=["small_lvlm"], task_manager=manager, limit=args.limit, bootstrap_iters=0)
-    print(yaml.safe_dump(results["results"]))
+    shown = json.dumps({**machine(), "lmms_eval": metadata.version("lmms-eval"), "results": results["results"]}, indent=1, default=float)
+    print(shown)
+    if args.output:
+        args.output.write_text(shown + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import random
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torchao.quantization import quantize_
@@ -14,14 +17,29 @@ from recipes.small_lvlm.data import sample
 from recipes.small_lvlm.model import inputs
 from torchao_qig import QIGWeightOnlyConfig
 
+SCALES: dict[str, Any] = dict(clip=False, compensate=False)  # nothing but equalization scales
+GPTQ: dict[str, Any] = dict(clip=False, compensate=True, repair=0.0, sweeps=0)  # errors passed on, nothing else
+
 # AWQ and MBQ search the same candidates at the same outputs as QIG; what differs is what a token's error counts (and AWQ's loss).
-METHODS = {
-    "rtn": lambda **kwargs: QIGWeightOnlyConfig(sensitivity=None, **kwargs),
-    "awq": lambda **kwargs: QIGWeightOnlyConfig(sensitivity="uniform", loss="mse", **kwargs),
-    "mbq": lambda **kwargs: QIGWeightOnlyConfig(sensitivity="modality", **kwargs),
-    "qig-paper": lambda **kwargs: QIGWeightOnlyConfig.paper(**kwargs),
-    "qig": lambda **kwargs: QIGWeightOnlyConfig(**kwargs),
+METHODS: dict[str, Callable[..., QIGWeightOnlyConfig]] = {
+    "rtn": partial(QIGWeightOnlyConfig, sensitivity=None, **SCALES),
+    "awq": partial(QIGWeightOnlyConfig, sensitivity="uniform", loss="mse", **SCALES),
+    "mbq": partial(QIGWeightOnlyConfig, sensitivity="modality", **SCALES),
+    "qig-paper": QIGWeightOnlyConfig.paper,
+    "qig": partial(QIGWeightOnlyConfig, **SCALES),
+    # beyond the paper: rounding without scales, then QIG's scales with each piece
+    "gptq": partial(QIGWeightOnlyConfig, sensitivity=None, **GPTQ),
+    "gptq-modality": partial(QIGWeightOnlyConfig, sensitivity="modality", grid=1, **GPTQ),
+    "gptaq": partial(QIGWeightOnlyConfig, sensitivity=None, **{**GPTQ, "repair": 1.0}),
+    "qig+clip": partial(QIGWeightOnlyConfig, clip=True, compensate=False),
+    "qig+gptq": partial(QIGWeightOnlyConfig, **GPTQ),
+    "qig+sweeps": partial(QIGWeightOnlyConfig, **{**GPTQ, "sweeps": 2}),
+    "qig+sweeps+clip": partial(QIGWeightOnlyConfig, **{**GPTQ, "sweeps": 2, "clip": True}),
+    "awq+all": partial(QIGWeightOnlyConfig, sensitivity="uniform", loss="mse", clip=True, compensate=True),
+    "mbq+all": partial(QIGWeightOnlyConfig, sensitivity="modality", clip=True, compensate=True),
+    "qig+all": partial(QIGWeightOnlyConfig, clip=True, compensate=True),
 }
+PAPERS = ("rtn", "awq", "mbq", "qig-paper", "qig")
 
 
 def calibration_batches(tokenizer: PreTrainedTokenizerFast, count: int = 128, seed: int = 0, size: int = 16) -> list[dict[str, Tensor]]:
@@ -36,7 +54,7 @@ def calibration_batches(tokenizer: PreTrainedTokenizerFast, count: int = 128, se
     ]
 
 
-def quantized(model: nn.Module, tokenizer: PreTrainedTokenizerFast, method: str, *, seed: int = 0, count: int = 128, **grid: int) -> tuple[nn.Module, float]:
+def quantized(model: nn.Module, tokenizer: PreTrainedTokenizerFast, method: str, *, seed: int = 0, count: int = 128, **grid: Any) -> tuple[nn.Module, float]:
     """A quantized copy, and the seconds that took."""
     start = time.perf_counter()
     model = copy.deepcopy(model)

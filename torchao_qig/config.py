@@ -79,6 +79,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         compensate: round to change outputs least, not weights: every column's error is passed on to those after it (GPTQ), on
             the inputs that the model quantized so far has, towards full-precision outputs. The file is as large, the model as fast.
         damping: of the inputs' Gram matrix, as part of its mean diagonal.
+        sweeps: with `compensate`, so often scales are fitted and single integers changed for the better after that.
         repair: with `compensate`, how far to aim beyond a linear's own rounding at what was rounded before it, 0 to 1.
         propagate_error: try candidates on the inputs that the model quantized so far has, against full-precision outputs.
         official: reproduce the published code: its clamped zero point, padding that counts.
@@ -118,6 +119,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     compensate: bool = False
     damping: float = 0.01
     repair: float = 0.5
+    sweeps: int = 2
     propagate_error: bool = False
     official: bool = False
     calib: Any = None
@@ -143,7 +145,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         _check_choice("search", self.search, ("coarse", "exhaustive"))
         _check_choice("step", self.step, (None, "prepare", "convert"))
         for name, least, optional in (
-            ("grid", 1, False), ("steps", 1, True), ("warmup_groups", 0, False), ("micro_batch", 1, True), ("max_host_memory", 0, True),
+            ("grid", 1, False), ("steps", 1, True), ("warmup_groups", 0, False), ("sweeps", 0, False), ("micro_batch", 1, True), ("max_host_memory", 0, True),
         ):  # fmt: skip
             _check_count(name, getattr(self, name), least, optional)
         if isinstance(self.modules, str) or not (self.modules is None or all(isinstance(m, str) for m in self.modules)):
@@ -184,8 +186,9 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     def paper(cls, **kwargs: Any) -> "QIGWeightOnlyConfig":
         """The published method as its released code computes it (32 Riemann points, every candidate, clamped zero points,
         uniform weights for the first five groups, groups that cannot be folded left out)."""
-        preset = dict(quadrature="riemann", steps=32, loss="mae", search="exhaustive", official=True, pre_scale=False, warmup_groups=5)
-        return cls(**{**preset, "compute_dtype": torch.float32, **kwargs})
+        search: dict[str, Any] = dict(quadrature="riemann", steps=32, loss="mae", search="exhaustive", warmup_groups=5, compute_dtype=torch.float32)
+        form: dict[str, Any] = dict(official=True, pre_scale=False, clip=False, compensate=False)
+        return cls(**{**search, **form, **kwargs})
 
     @staticmethod
     def announce(call: QuantizeCall) -> None:

@@ -59,7 +59,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaOnevisi
             num_attention_heads=4, vision_use_head=False,
         ),
         text_config=dict(
-            model_type="qwen2", vocab_size=len(tokenizer), hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4,
+            model_type="qwen2", vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.05, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         ),

@@ -1,6 +1,7 @@
 """Training of the small LVLM: first the tower alone, on what each patch shows; then everything, on the answers.
 
-The tower's stage is a stand-in for the pretraining that a real LVLM's tower brings along; its linear heads are thrown away.
+The tower's stage is a stand-in for the pretraining that a real LVLM's tower brings along; its linear heads are thrown away. So is a
+loss that pulls each patch towards the words for what it shows, as towers trained on captions have it, while answers are learned.
 A step's questions share their picture (model.pack). The picture and its only tile are the same pixels, so the tower computes
 them once here; `check` compares the result with the model's own forward before anything is trained.
 """
@@ -25,11 +26,12 @@ from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedToken
 from recipes.small_lvlm.data import Sample, sample
 from recipes.small_lvlm.model import IMAGE_TOKENS, ROW, Packed, pack, pictures, pixel_values
 from recipes.small_lvlm.worlds import maps, objects, text
-from recipes.small_lvlm.worlds.canvas import COLORS
+from recipes.small_lvlm.worlds.canvas import COLORS, NUMBERS
 
 WHAT = ["nothing", "cell", *(f"{size} {kind}" for size in objects.RADIUS for kind in objects.SHAPES), *string.ascii_uppercase, *text.DIGITS]
 WHAT += [f"{kind} {value}" for kind in ("bar", "point", "digit") for value in range(10)]
 COLOR = ["nothing", *COLORS, *maps.TERRAIN]
+UNSAID = ("nothing", "cell", "bar", "point", "digit")
 PLACES = 7  # no place, and up to six rows or columns
 HEADS = [len(WHAT), len(COLOR), PLACES, PLACES]
 MUON = 10.0  # its rate over that of AdamW
@@ -55,6 +57,19 @@ def shuffled(one: Sample, seed: int) -> Sample:
     questions = list(one.questions)
     random.Random(f"order {seed}").shuffle(questions)
     return replace(one, questions=tuple(questions))
+
+
+def said(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """For everything that a patch may show, and for its color: which tokens name it, (things, vocabulary)."""
+
+    def named(names: list[str]) -> Tensor:
+        table = torch.zeros(len(names), len(tokenizer))
+        for row, name in zip(table, names, strict=True):
+            words = [NUMBERS[int(word)] if word.isdigit() and len(name) > 1 else word for word in name.split() if word not in UNSAID]
+            row[[i for word in words for i in tokenizer(f" {word}", add_special_tokens=False)["input_ids"]]] = 1
+        return table
+
+    return named(WHAT), named(COLOR)
 
 
 def seen(model: LlavaOnevisionForConditionalGeneration, pixels: Tensor) -> Tensor:
@@ -119,6 +134,15 @@ def train(
         parts = head(features).flatten(0, 1).split(HEADS, -1)
         return sum((F.cross_entropy(part, shown.flatten(0, 1)[:, i]) for i, part in enumerate(parts)), torch.zeros(()))
 
+    words = said(tokenizer)
+
+    def word_loss(features: Tensor, shown: Tensor) -> Tensor:
+        image = model.model.multi_modal_projector(features).flatten(0, 1)
+        meant = sum((table[shown.flatten(0, 1)[:, i]] for i, table in enumerate(words)), torch.zeros(()))
+        there = meant.sum(1) > 0
+        likely = (image[there] @ model.get_input_embeddings().weight.T).log_softmax(-1)
+        return -(meant[there] / meant[there].sum(1, keepdim=True) * likely).sum(1).mean()
+
     def tower_loss(features: Tensor, shown: Tensor, batch: Packed | None, part: float) -> tuple[Tensor, Tensor]:
         loss = patch_loss(features, shown)
         return loss, loss.detach()
@@ -126,7 +150,7 @@ def train(
     def answer_loss(features: Tensor, shown: Tensor, batch: Packed, part: float) -> tuple[Tensor, Tensor]:
         batch = batch if part >= BASE_FROM else batch.without_base()
         loss = F.cross_entropy(logits(model, batch, features, run), batch.target[batch.answer])
-        return loss + 0.1 * (1 - part) * patch_loss(features, shown), loss.detach()
+        return loss + (1 - part) * (0.1 * patch_loss(features, shown) + 0.2 * word_loss(features, shown)), loss.detach()
 
     matrices = [p for p in model.model.language_model.layers.parameters() if p.dim() == 2]
     stages: list[tuple[str, int, Batches, list[nn.Module], list[nn.Parameter], float, Callable[..., tuple[Tensor, Tensor]]]] = [

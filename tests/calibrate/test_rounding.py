@@ -16,6 +16,7 @@ from tests.plain_models import Block, CrossBlock, Decoder, Experts, InPlaceBlock
 from tests.test_qig import FAMILIES, packed, run
 from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
 from torchao_qig.calibrate.run import Run
+from torchao_qig.tensor import affine
 
 QUICK = partial(QIGWeightOnlyConfig, bits=2, group_size=16, grid=4, clip=True, compensate=True, verbose=False)
 
@@ -135,6 +136,31 @@ def test_pieces_do_not_matter() -> None:
     a, b = (torchao_qig.calibrate(model, batches, QUICK(micro_batch=n)).weights for n in (1, 6))
     same = [torch.isclose(a[n].dequantize(), w.dequantize(), rtol=1e-3, atol=1e-5).float().mean() for n, w in b.items()]
     assert min(same) > 0.9
+
+
+@pytest.mark.parametrize("settings", [{}, {"fold": False}, {"sensitivity": "uniform", "bits": 3}], ids=str)
+def test_squared_errors_recomputed(settings: dict[str, Any]) -> None:
+    """From the inputs that hooks see, the scales and the token weights: what rounding to nearest and what the chosen integers lose."""
+    model, ids = build(2), tokens(6, 12)
+    config = QUICK(compensate=False, **settings)
+    found = torchao_qig.calibrate(model, [ids], config)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
+    model(ids)
+    rows = {g.fold_into: g.scale for g in found.groups.values() if g.fold_kind == "linear"}
+    for label, group in found.groups.items():
+        expected = [0.0, 0.0]
+        for name in group.linears:
+            w = model.get_submodule(name).weight.detach() * group.scale
+            if name in rows:
+                w = w / torch.cat([torch.ones(len(w) - len(rows[name])), rows[name]])[:, None]
+            plain = affine.fake_quantize(w, config.bits, config.group_size)
+            for i, rounded in enumerate((plain, found.weights[name].dequantize())):
+                out = (inputs[name] / group.scale) @ (w - rounded).T
+                expected[i] += float((out.square().sum(-1) * torch.stack(found.tokens[label])).sum())
+        assert group.squared_errors == pytest.approx(expected, rel=1e-3)
 
 
 def test_mixed_bits() -> None:

@@ -4,7 +4,7 @@ All scales of the block are known by then. With `compensate` a group is rounded 
 gives it, and aims at the outputs of full precision: what was rounded before is partly repaired.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -88,21 +88,17 @@ class Rounding:
         columns, before = (None if t is None else t.to(self.block.device) for t in (self.scales.columns.get(full), self.scales.before.get(full)))
         channels = self.block.weight(work.group.linears[0]).shape[1]
         total = torch.zeros(2, channels, channels, device=self.block.device)
-        for part, now in self._inputs(work):
+
+        def rows(part: Part, x: Tensor) -> Tensor:
+            return part.layout.view(x.to(self.block.device)).flatten(0, 1).float()
+
+        for part, seen in self.distortion.watch(self.block, self.bent, work) if self.distortion else ((part, None) for part in work.parts):
             assert part.weights is not None
             weights = part.layout.from_grid(part.weights).reshape(-1, 1).to(self.block.device)
-            exact, now = (part.layout.view(t.to(self.block.device)).flatten(0, 1).float() for t in (part.exact, now))
-            exact = exact if columns is None else exact / columns
-            now = exact if now is exact else now if before is None else now * before
+            exact = rows(part, part.exact) if columns is None else rows(part, part.exact) / columns
+            now = exact if seen is None else rows(part, seen.x) if before is None else rows(part, seen.x) * before
             total += torch.stack([(weights * now).T @ now, (weights * (exact - now)).T @ now])
         return Grams(*ranks.summed(total))
-
-    def _inputs(self, work: Work) -> Iterator[tuple[Part, Tensor]]:
-        """Each part, with the group's input as the bent block has it."""
-        if self.distortion is None:
-            yield from ((part, part.exact) for part in work.parts)
-        else:
-            yield from ((part, part.exact if seen is None else seen.x) for part, seen in self.distortion.watch(self.block, self.bent, work))
 
 
 def rounded(w: Tensor, sums: Grams, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
@@ -115,7 +111,7 @@ def rounded(w: Tensor, sums: Grams, config: QIGWeightOnlyConfig, dtype: torch.dt
         scale, zero = clipped_qparams(wanted, sums.x, *grid, config.symmetric, config.official, dtype)
     codes = affine.quantize(wanted, scale, zero, *grid)
     if config.compensate:
-        codes, scale = compensated(wanted, sums.x, scale, zero, *grid, config.damping)
+        codes, scale = compensated(wanted, sums.x, scale, zero, *grid, config.damping, config.sweeps)
     final = affine.dequantize(codes, scale, zero, config.group_size, w.dtype)
     before, after = (float(row_errors(q - wanted, sums.x).sum(dtype=torch.float64)) for q in (nearest, final))
     return codes, scale, zero, (before, after)

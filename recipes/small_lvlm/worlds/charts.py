@@ -76,8 +76,6 @@ def questions(chart: Chart, rng: random.Random) -> Iterator[tuple[str, str, str]
     a, b = rng.sample(range(count), 2)
     if values[a] != values[b]:
         yield "chart", f"which is higher, {names[a]} or {names[b]}?", short[a] if values[a] > values[b] else short[b]
-        high, low = (a, b) if values[a] > values[b] else (b, a)
-        yield "multistep", f"how much higher is {names[high]} than {names[low]}?", NUMBERS[values[high] - values[low]]
     if values[order[0]] > values[order[1]]:
         yield "multistep", "what is the highest value?", NUMBERS[values[order[0]]]
     if not chart.bars:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.small_lvlm.worlds.canvas import NUMBERS, Canvas, one_of, place
+from recipes.small_lvlm.worlds.canvas import NUMBERS, PATCH, SIDE, Canvas, one_of, place
 
 CELLS = 3
-STEP = 37  # pixels
+STEP = 32  # pixels
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ def describe(rng: random.Random, held_out: bool) -> tuple[Digit, ...]:
 
 
 def draw(digits: tuple[Digit, ...], canvas: Canvas, rng: random.Random) -> None:
+    left, top = (rng.randrange(0, SIDE - CELLS * STEP + 1, PATCH) for _ in range(2))
     for digit in digits:
         ink = images()[0][digit.image].repeat(4, 0).repeat(4, 1).astype(np.int16) * 15
-        x, y = (i * STEP + rng.randrange(1, STEP - 32) for i in (digit.column, digit.row))
+        x, y = left + digit.column * STEP, top + digit.row * STEP
         region = canvas.pixels[y : y + 32, x : x + 32]
         np.maximum(region, ink[..., None].astype(np.uint8), out=region)
         canvas.mark(x, y, x + 32, y + 32, f"digit {digit.value}", "white", digit.row, digit.column)
@@ -71,6 +72,6 @@ def questions(digits: tuple[Digit, ...], rng: random.Random) -> Iterator[tuple[s
     yield "counting", f"how many digits are higher than {NUMBERS[level]}?", NUMBERS[sum(value > level for value in values)]
     yield "multistep", "what is the highest digit?", NUMBERS[max(values)]
     yield "multistep", "what is the lowest digit?", NUMBERS[min(values)]
-    a, b = sorted(rng.sample(digits, 2), key=lambda digit: -digit.value)
-    if a.value > b.value:
-        yield "multistep", f"how much higher is the digit at {place(a.row, a.column)} than the digit at {place(b.row, b.column)}?", NUMBERS[a.value - b.value]
+    a, b = rng.sample(digits, 2)
+    if a.value != b.value:
+        yield "multistep", f"is the digit at {place(a.row, a.column)} higher than the digit at {place(b.row, b.column)}?", "yes" if a.value > b.value else "no"

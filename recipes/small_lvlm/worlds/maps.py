@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.small_lvlm.worlds.canvas import NUMBERS, Canvas, one_of, place
+from recipes.small_lvlm.worlds.canvas import NUMBERS, SIDE, Canvas, one_of, place
 
 CELLS = 5
-STEP = 22  # pixels
+STEP = 16  # pixels
 TERRAIN = {"water": (40, 90, 200), "forest": (30, 120, 50), "sand": (215, 190, 110), "rock": (120, 120, 125)}
 TOWNS = "ABCDEFGH"
 WAYS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
@@ -34,15 +34,17 @@ def describe(rng: random.Random) -> Map:
 
 
 def draw(chart: Map, canvas: Canvas, rng: random.Random) -> None:
+    left, top = (STEP * rng.randrange(SIDE // STEP - CELLS + 1) for _ in range(2))
     for r, row in enumerate(chart.terrain):
         for c, name in enumerate(row):
-            x, y = 1 + c * STEP, 1 + r * STEP
-            cell = canvas.pixels[y : y + STEP - 1, x : x + STEP - 1]
+            x, y = left + c * STEP, top + r * STEP
+            cell = canvas.pixels[y : y + STEP, x : x + STEP]
             cell[...] = cell // 3 + np.array(TERRAIN[name], np.uint8)
             canvas.mark(x, y, x + STEP, y + STEP, "cell", name, r, c)
     for letter, r, c in chart.towns:
-        canvas.text(1 + c * STEP + 5, 1 + r * STEP + 3, letter, "white")
-        canvas.mark(1 + c * STEP, 1 + r * STEP, 1 + (c + 1) * STEP, 1 + (r + 1) * STEP, letter, chart.terrain[r][c], r, c)
+        x, y = left + c * STEP, top + r * STEP
+        canvas.text(x + 2, y, letter, "white")
+        canvas.mark(x, y, x + STEP, y + STEP, letter, chart.terrain[r][c], r, c)
 
 
 def caption(chart: Map) -> str:
@@ -74,7 +76,6 @@ def questions(chart: Map, rng: random.Random) -> Iterator[tuple[str, str, str]]:
         yield "spatial", f"which is further up, {a} or {b}?", a if ra < rb else b
     if ca != cb:
         yield "spatial", f"which is further left, {a} or {b}?", a if ca < cb else b
-    yield "multistep", f"how many steps is it from {a} to {b}?", NUMBERS[abs(ra - rb) + abs(ca - cb)]
     yield "ocr", one_of(rng, "which towns are on the map?", "read all towns."), " ".join(letter for letter, _, _ in chart.towns)
     row = rng.randrange(CELLS)
     yield "ocr", f"read row {NUMBERS[row + 1]} of the map.", " ".join(chart.terrain[row])

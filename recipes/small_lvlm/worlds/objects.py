@@ -1,4 +1,4 @@
-"""Shapes of several colors and sizes on a grid of four rows and four columns."""
+"""Shapes of several colors and sizes on a grid of three rows and three columns."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recipes.small_lvlm.worlds.canvas import COLORS, NUMBERS, Canvas, one_of, place, shape
+from recipes.small_lvlm.worlds.canvas import COLORS, NUMBERS, PATCH, SIDE, Canvas, one_of, place, shape
 
 SHAPES = ["circle", "square", "triangle", "diamond", "cross", "ring"]
 PAINTS = list(COLORS)[:6]
 RADIUS = {"small": 7, "large": 12}
-CELLS = 4
-STEP = 28  # pixels
+CELLS = 3
+STEP = 32  # pixels
 NEXT = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
@@ -34,10 +34,10 @@ def describe(rng: random.Random) -> tuple[Thing, ...]:
 
 
 def draw(things: tuple[Thing, ...], canvas: Canvas, rng: random.Random) -> None:
+    left, top = (rng.randrange(0, SIDE - CELLS * STEP + 1, PATCH) for _ in range(2))
     for thing in things:
         radius = RADIUS[thing.size]
-        slack = STEP // 2 - 1 - radius
-        x, y = (i * STEP + STEP // 2 + rng.randint(-slack, slack) - radius for i in (thing.column, thing.row))
+        x, y = left + thing.column * STEP + STEP // 2 - radius, top + thing.row * STEP + STEP // 2 - radius
         canvas.fill(x, y, shape(thing.shape, radius), thing.color)
         canvas.mark(x, y, x + 2 * radius + 1, y + 2 * radius + 1, f"{thing.size} {thing.shape}", thing.color, thing.row, thing.column)
 

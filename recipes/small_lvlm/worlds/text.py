@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recipes.small_lvlm.worlds.canvas import COLORS, LETTER, NUMBERS, Canvas, one_of
+from recipes.small_lvlm.worlds.canvas import COLORS, LETTER, NUMBERS, SIDE, Canvas, one_of
 
 LETTERS = "ABCDEFGHJKLMNPRSTUVXYZ"
 DIGITS = "23456789"
@@ -16,7 +16,6 @@ WORDS = """
     PHARMA MAGNET SILVER PLANET JUNE JULY MARCH APRIL MAY SUNDAY EAST NORTH SEVEN
 """.split()
 PLACES = ["first", "second", "third"]
-HEIGHT = 37  # pixels of a line
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ def describe(rng: random.Random) -> tuple[Line, ...]:
 
 def draw(lines: tuple[Line, ...], canvas: Canvas, rng: random.Random) -> None:
     for i, line in enumerate(lines):
-        x = rng.randrange(2, 114 - LETTER * len(line.text))
-        y = i * HEIGHT + rng.randrange(2, HEIGHT - 18)
+        x = LETTER * rng.randrange(SIDE // LETTER - len(line.text) + 1) + 2
+        y = LETTER * (2 * i + rng.randrange(2))
         canvas.text(x, y, line.text, line.color)
         for j, letter in enumerate(line.text):
             canvas.mark(x + LETTER * j, y, x + LETTER * j + 12, y + 16, letter, line.color, i, j)
