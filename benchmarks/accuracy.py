@@ -63,8 +63,7 @@ class Bench:
         return Answers(self.base.family, **{name: stored[name] for name in COLUMNS}), float(stored["seconds"])
 
 
-def row(runs: list[Answers], seconds: list[float]) -> dict[str, Any]:
-    mean = averaged(runs)
+def row(mean: Answers, runs: list[Answers], seconds: list[float]) -> dict[str, Any]:
     result = {key: value for key, value in scores(mean).items() if isinstance(value, dict)}
     asked = [run.of(FAMILIES) for run in runs]
     kls = [float(run.kl.sum() / run.tokens.sum()) for run in asked]
@@ -82,7 +81,7 @@ HEAD = (
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table per setting, methods compared with the last one."""
+    """A table per setting, methods compared with QIG."""
     full = result["full precision"]["all"]
     lines = [f"`{result['command']}`, {result['date']}, {result['device']}, {result['threads']} threads, torch {result['torch']}.", ""]
     lines += [f"Full precision: accuracy {percent(full['accuracy'])} %, NLL {full['nll'][0]:.4f} per token.", ""]
@@ -120,7 +119,7 @@ def main() -> None:
         for method in args.methods:
             runs = [bench.run(setting, method, seed) for seed in range(1 if method == "rtn" else args.seeds)]
             found[method] = averaged([run for run, _ in runs])
-            rows[method] = row([run for run, _ in runs], [seconds for _, seconds in runs])
+            rows[method] = row(found[method], [run for run, _ in runs], [seconds for _, seconds in runs])
             every = rows[method]["all"]
             print(f"{setting} {method}: accuracy {percent(every['accuracy'])} %, KL {every['kl'][0]:.4f}, {rows[method]['seconds']:.0f} s", flush=True)
         for method in args.methods:

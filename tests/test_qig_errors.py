@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchao.quantization import quantize_
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
 
 import torchao_qig
 from tests.test_qig import QUICK, assert_whole, packed, plain
@@ -22,7 +22,8 @@ from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
         ({"search": "fast"}, "search='fast'"), ({"step": "go"}, "step='go'"), ({"modules": "visual"}, "modules='visual'"),
         ({"base_config": 4}, "base_config=4"), ({"fold": False, "pre_scale": False}, "nowhere to put a scale"), ({"micro_batch": 0}, "micro_batch=0"),
         ({"warmup_groups": None}, "warmup_groups=None"), ({"compute_dtype": torch.int8}, "compute_dtype=torch.int8"),
-        ({"step": "prepare", "calib": []}, "step='prepare'"),
+        ({"step": "prepare", "calib": []}, "step='prepare'"), ({"damping": -1.0}, "damping=-1"), ({"repair": 2.0}, "repair=2"),
+        ({"sweeps": -1}, "sweeps=-1"), ({"clip": True, "base_config": IntxWeightOnlyConfig(weight_dtype=torch.int4)}, "base_config: chooses its own"),
     ],
 )  # fmt: skip
 def test_bad_settings(arguments: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from torchao_qig._compat import AnnouncedConfig, QuantizeCall
 from torchao_qig.tensor.affine import check_grid
 
 FULL = 16  # bits of a weight that is not quantized
+BITS_OF_AUTO = 2  # at least
 DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -134,9 +135,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     version: int = 1
 
     def __post_init__(self) -> None:
-        for bits in {b for b in self.bits.values() if b != FULL} if isinstance(self.bits, dict) else {4 if self.bits == "auto" else self.bits}:
-            check_grid(bits, self.group_size, self.symmetric)
-        self._check_budget()
+        self._check_bits()
         _check_dtype("dtype", self.dtype)
         _check_dtype("compute_dtype", self.compute_dtype)
         _check_choice("sensitivity", self.sensitivity, ("qig", "modality", "uniform", None))
@@ -161,7 +160,11 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         if self.step == "prepare" and self.calib is not None:
             raise ValueError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
 
-    def _check_budget(self) -> None:
+    def _check_bits(self) -> None:
+        chosen = self.bits.values() if isinstance(self.bits, dict) else [BITS_OF_AUTO if self.bits == "auto" else self.bits]
+        for bits in chosen:
+            if bits != FULL or not isinstance(self.bits, dict):
+                check_grid(bits, self.group_size, self.symmetric)
         _check_count("max_bytes", self.max_bytes, 1, True)
         if self.budget is not None:
             _check_number("budget", self.budget, 2, FULL)

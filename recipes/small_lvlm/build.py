@@ -1,6 +1,6 @@
 """Trains the small LVLM and writes it to `weights/`; or verifies what is there.
 
-    python -m recipes.small_lvlm.build             # hours on a CPU; a killed run continues
+    python -m recipes.small_lvlm.build             # half an hour on a CPU; a killed run continues
     python -m recipes.small_lvlm.build --verify    # recomputes the shipped model's test accuracy and its data's checksum
 
 `weights/` then holds what transformers loads (bfloat16), the training log, and card.json: the accuracy, the checksum of the test
@@ -98,8 +98,8 @@ def build(tower_steps: int, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--verify", action="store_true")
-    parser.add_argument("--tower-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--tower-steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=3300)
     args = parser.parse_args()
     verify() if args.verify else build(args.tower_steps, args.steps)
 

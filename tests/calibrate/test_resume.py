@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,8 @@ from torchao_qig import Calibration
 from torchao_qig.calibrate.run import Run
 
 
-@pytest.mark.parametrize("settings", [{}, {"propagate_error": True}], ids=["original inputs", "quantized inputs"])
-def test_interrupted_and_continued(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in every block in turn and started again: the same bits as in one go, and finished blocks are not redone."""
-    model, batches = build(3), [tokens(3, 9), tokens(2, 6)]
-    expected = calibrate(model, batches, **settings)
+def continued(model: nn.Module, attempt: Callable[[], Calibration], monkeypatch: pytest.MonkeyPatch) -> Calibration:
+    """What `attempt` finds after it was stopped in every one of three blocks in turn; finished blocks are not redone."""
     original, ran = Run._run_block, []
 
     def stopping(self: Run, name: str, *args: Any) -> Any:
@@ -34,10 +32,19 @@ def test_interrupted_and_continued(settings: dict[str, Any], tmp_path: Path, mon
     before = state_of(model)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            calibrate(model, batches, checkpoint_dir=tmp_path, **settings)
+            attempt()
         assert_untouched(model, before)
-    assert_same(calibrate(model, batches, checkpoint_dir=tmp_path, **settings), expected, exactly=True)
+    found = attempt()
     assert ran == ["blocks.0", "blocks.0", "blocks.1", "blocks.1", "blocks.2", "blocks.2"]
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"propagate_error": True}], ids=["original inputs", "quantized inputs"])
+def test_interrupted_and_continued(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in every block in turn and started again: the same bits as in one go, and finished blocks are not redone."""
+    model, batches = build(3), [tokens(3, 9), tokens(2, 6)]
+    expected = calibrate(model, batches, **settings)
+    assert_same(continued(model, lambda: calibrate(model, batches, checkpoint_dir=tmp_path, **settings), monkeypatch), expected, exactly=True)
 
 
 def test_killed_and_continued(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from torch import nn
 from torchao.quantization import quantize_
 
 import torchao_qig
+from tests.calibrate.test_resume import continued
 from tests.calibrate.test_run import assert_same, assert_untouched, build, state_of
 from tests.plain_models import Block, CrossBlock, Decoder, Experts, InPlaceBlock, ParallelBlock, tokens
 from tests.test_qig import FAMILIES, packed, run
 from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
-from torchao_qig.calibrate.run import Run
 from torchao_qig.tensor import affine
 
 QUICK = partial(QIGWeightOnlyConfig, bits=2, group_size=16, grid=4, clip=True, compensate=True, verbose=False)
@@ -112,22 +112,9 @@ def test_whole_model_and_other_parts() -> None:
 def test_interrupted_and_continued(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = build(3), [tokens(3, 9), tokens(2, 6)]
     expected = torchao_qig.calibrate(model, batches, QUICK(**settings))
-    original, ran = Run._run_block, []
-
-    def stopping(self: Run, name: str, *args: Any) -> Any:
-        ran.append(name)
-        if ran.count(name) == 1:
-            raise KeyboardInterrupt
-        return original(self, name, *args)
-
-    monkeypatch.setattr(Run, "_run_block", stopping)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            torchao_qig.calibrate(model, batches, QUICK(checkpoint_dir=tmp_path, **settings))
-    found = torchao_qig.calibrate(model, batches, QUICK(checkpoint_dir=tmp_path, **settings))
+    found = continued(model, lambda: torchao_qig.calibrate(model, batches, QUICK(checkpoint_dir=tmp_path, **settings)), monkeypatch)
     assert_same(found, expected, exactly=True)
     assert all(torch.equal(found.weights[n].dequantize(), w.dequantize()) for n, w in expected.weights.items())
-    assert len(ran) == 6
 
 
 def test_pieces_do_not_matter() -> None:

@@ -32,7 +32,6 @@ SAMPLES = 32  # that contributions are measured on
 STATES = 100_000  # of the knapsack
 
 Unit = tuple[str, ...]  # linears that share an input, and so their bits
-Sizes = Callable[[str, int], int]
 
 
 def units_of(model: nn.Module, blocks: Iterable[str], linears: set[str], batch: Batch) -> list[Unit]:
@@ -64,15 +63,18 @@ def _answers(batch: Batch, logits: Tensor) -> Tensor:
     return F.pad(wanted[:, 1:], (0, 1)).to(logits.device)
 
 
-def _divergence(model: nn.Module, batch: Batch, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Divergence to `reference`, summed over positions, and what the next call takes as reference."""
+def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
+    """Log-probabilities at the answers' positions and True; or what a model without logits returns, and False."""
     out = model(*batch.args, **batch.kwargs)
     logits = getattr(out, "logits", None)
-    if logits is None:
-        plain = first_tensor(out).float()
-        return ((plain - reference).square().sum() / reference.square().mean().clamp(min=1e-30) if reference is not None else plain.sum() * 0), plain.detach()
-    chosen = logits[_answers(batch, logits)].float().log_softmax(-1)
-    return ((reference.exp() * (reference - chosen)).sum() if reference is not None else chosen.sum() * 0), chosen.detach()
+    return (first_tensor(out).float(), False) if logits is None else (logits[_answers(batch, logits)].float().log_softmax(-1), True)
+
+
+def _divergence(reference: Tensor, output: Tensor, logs: bool) -> Tensor:
+    """Of an output to that of full precision, summed over positions."""
+    if logs:
+        return (reference.exp() * (reference - output)).sum()
+    return (output - reference).square().sum() / reference.square().mean().clamp(min=1e-30)
 
 
 def contributions(model: nn.Module, batches: Sequence[Batch], units: list[Unit], changed: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -81,7 +83,7 @@ def contributions(model: nn.Module, batches: Sequence[Batch], units: list[Unit],
     number = {name: i for i, unit in enumerate(units) for name in unit}
     linears = {name: model.get_submodule(name) for name in number}
     with torch.no_grad():
-        references = [_divergence(model, batch, None)[1] for batch in batches]
+        references = [_output(model, batch)[0] for batch in batches]
     total = torch.zeros(len(units), dtype=torch.float64)
 
     def moved(name: str, at: float, amounts: Tensor) -> Callable[[Tensor], Tensor]:
@@ -90,7 +92,7 @@ def contributions(model: nn.Module, batches: Sequence[Batch], units: list[Unit],
 
         def forward(x: Tensor) -> Tensor:
             with torch.no_grad():
-                change = changed(name, linear.weight)
+                change = changed(name, linear.weight)  # anew every time: all of them at once are as large as the model
                 out = F.linear(x, change)
             plain = F.linear(x, linear.weight.detach() + at * change, linear.bias)
             return plain + (amounts[i] - at).to(plain.dtype) * out  # nothing is added but the derivative
@@ -101,7 +103,7 @@ def contributions(model: nn.Module, batches: Sequence[Batch], units: list[Unit],
         for batch, reference in zip(batches, references, strict=True):
             amounts = torch.full((len(units),), at, requires_grad=True)
             with torch.enable_grad(), patched({linear: moved(name, at, amounts) for name, linear in linears.items()}):
-                (gradient,) = torch.autograd.grad(_divergence(model, batch, reference)[0], amounts)
+                (gradient,) = torch.autograd.grad(_divergence(reference, *_output(model, batch)), amounts)
             total += share * gradient.double()
     count = ranks.summed(torch.tensor([float(sum(len(r) for r in references))], dtype=torch.float64))
     return ranks.summed(total) / count.clamp(min=1)
@@ -109,44 +111,42 @@ def contributions(model: nn.Module, batches: Sequence[Batch], units: list[Unit],
 
 def costs(model: nn.Module, batches: Sequence[Batch], units: list[Unit], configs: dict[str, QIGWeightOnlyConfig]) -> Tensor:
     """(units, BITS): what each unit costs at each number of bits; never less with fewer."""
-    weights = {name: model.get_submodule(name).weight.detach() for name in configs}
     found = torch.zeros(len(units), len(BITS), dtype=torch.float64)
     last = BITS.index(MEASURED[-1])
-    for i, bits in enumerate(BITS[:-1]):
-        if bits in MEASURED:
-            found[:, i] = contributions(model, batches, units, lambda name, w, bits=bits: difference(w, configs[name], bits)).clamp(min=0)  # type: ignore[misc]
-        errors = [sum(float(difference(weights[n], configs[n], bits).square().sum(dtype=torch.float64)) for n in unit) for unit in units]
-        if bits == MEASURED[-1]:
-            scale = found[:, last] / torch.tensor(errors, dtype=torch.float64).clamp(min=1e-300)
-        elif bits > MEASURED[-1]:
-            found[:, i] = scale * torch.tensor(errors, dtype=torch.float64)
+    for i, bits in enumerate(MEASURED):
+        found[:, i] = contributions(model, batches, units, lambda name, w, bits=bits: difference(w, configs[name], bits)).clamp(min=0)  # type: ignore[misc]
+
+    def error(name: str, bits: int) -> float:
+        return float(difference(model.get_submodule(name).weight.detach(), configs[name], bits).square().sum(dtype=torch.float64))
+
+    errors = torch.tensor([[sum(error(n, b) for n in unit) for b in BITS[last:-1]] for unit in units], dtype=torch.float64)
+    found[:, last + 1 : -1] = (found[:, last] / errors[:, 0].clamp(min=1e-300))[:, None] * errors[:, 1:]
     return found.flip(1).cummax(1).values.flip(1)
 
 
-def prices(model: nn.Module, configs: dict[str, QIGWeightOnlyConfig]) -> Sizes:
+def price_of(linear: nn.Linear, config: QIGWeightOnlyConfig, bits: int) -> int:
     """What counts against the budget: bits of codes for `budget`, bytes in all for `max_bytes`."""
-
-    def size(name: str, bits: int) -> int:
-        linear, config = model.get_submodule(name), configs[name]
-        assert isinstance(linear, nn.Linear)
-        if config.max_bytes is None:
-            return bits * linear.weight.numel()
-        return packed_bytes(linear, config.at(bits)) if bits < FULL else linear.weight.numel() * linear.weight.element_size()
-
-    return size
+    if config.max_bytes is None:
+        return bits * linear.weight.numel()
+    return packed_bytes(linear, config.at(bits)) if bits < FULL else linear.weight.numel() * linear.weight.element_size()
 
 
-def allocate(model: nn.Module, batches: Sequence[Batch], blocks: Iterable[str], configs: dict[str, QIGWeightOnlyConfig], sizes: Sizes) -> dict[str, int]:
-    """Bits for each linear in `configs`, 16 standing for none; `sizes(name, bits)` is what counts against the budget."""
+def allocate(model: nn.Module, batches: Sequence[Batch], blocks: Iterable[str], configs: dict[str, QIGWeightOnlyConfig]) -> dict[str, int]:
+    """Bits for each linear in `configs`, 16 standing for none."""
     config = next(iter(configs.values()))
+    linears = {name: model.get_submodule(name) for name in configs}
     few, samples = [], 0
     for batch in batches:
         if samples < SAMPLES:
             few.append(batch)
             samples += batch.samples
     units = units_of(model, blocks, set(configs), few[0])
-    price = torch.tensor([[sum(sizes(n, b) for n in unit) for b in BITS] for unit in units])
-    budget = config.max_bytes if config.max_bytes is not None else int((config.budget or 0) * sum(sizes(n, 1) for n in configs))
+    price = torch.tensor([[sum(price_of(linears[n], configs[n], b) for n in unit) for b in BITS] for unit in units])
+    if config.max_bytes is not None:
+        budget = config.max_bytes
+    else:
+        assert config.budget is not None
+        budget = int(config.budget * sum(linear.weight.numel() for linear in linears.values()))
     chosen = solve(costs(model, few, units, configs), price, budget)
     return {name: BITS[c] for unit, c in zip(units, chosen, strict=True) for name in unit}
 

@@ -27,7 +27,7 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
 def group_errors(difference: Tensor, gram: Tensor, group_size: int) -> Tensor:
     """(N, G): the same for every group alone, the others being exact."""
     columns = difference.shape[1]
-    size = columns if group_size == -1 else group_size
+    size = affine.group_width(columns, group_size)
     parts = zip(difference.split(size, 1), range(0, columns, size), strict=True)
     return torch.stack([row_errors(d, gram[i : i + size, i : i + size]) for d, i in parts], 1)
 
@@ -39,8 +39,7 @@ def clipped_qparams(
     best, scale, zero = (torch.empty(0),) * 3
     for shrink in SHRINKS:
         new_scale, new_zero = affine.choose_qparams(w, bits, group_size, symmetric, official, dtype, shrink)
-        nearest = affine.dequantize(affine.quantize(w, new_scale, new_zero, bits, group_size), new_scale, new_zero, group_size, w.dtype)
-        loss = group_errors(w - nearest, gram, group_size)
+        loss = group_errors(w - affine.nearest(w, new_scale, new_zero, bits, group_size), gram, group_size)
         if not best.numel():
             best, scale, zero = loss, new_scale, new_zero
         better = loss < best
@@ -119,7 +118,7 @@ def _descend(w: Tensor, steps: Tensor, gram: Tensor, scale: Tensor, zero: Tensor
 
 def _fitted_scales(w: Tensor, steps: Tensor, gram: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """(N, G): per group in turn the scale that fits its codes best, in its own dtype, where that is better."""
-    size = w.shape[1] if group_size == -1 else group_size
+    size = affine.group_width(w.shape[1], group_size)
     wide = scale.to(w.dtype)
     slope = (steps * wide.repeat_interleave(size, 1) - w) @ gram
     new = scale.clone()
@@ -148,7 +147,7 @@ def compensated(
         damping: part of the mean diagonal that is added to the diagonal.
         sweeps: rounds of fitting scales and descending after error has been passed on.
     """
-    size = w.shape[1] if group_size == -1 else group_size
+    size = affine.group_width(w.shape[1], group_size)
     raw, gram = gram, damped(gram, damping)
 
     def wide(t: Tensor) -> Tensor:

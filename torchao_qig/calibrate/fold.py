@@ -8,6 +8,7 @@ Which of these is exact is not guessed from names: a fold is tried, with powers 
 output stays the same. A norm that feeds anything else than the group fails that, as does a mapping that is not one to one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchao_qig.calibrate import ranks
 from torchao_qig.calibrate.groups import Group
 from torchao_qig.calibrate.observer import Observer, first_tensor, patched, replica
 from torchao_qig.calibrate.stream import Stream, cast, fresh
@@ -189,3 +191,25 @@ class SmallRun:
     def run(self, block: nn.Module) -> Tensor:
         call = fresh(self.call)
         return first_tensor(block(*call.args, **call.kwargs)).float()
+
+
+class Folds:
+    """Folds in the blocks of one model; what one block had is tried first in the next of the same make."""
+
+    def __init__(self, model: nn.Module) -> None:
+        counts = Counter(id(p) for _, m in model.named_modules(remove_duplicate=False) for p in m._parameters.values() if p is not None)
+        self._shared = {i for i, n in counts.items() if n > 1}
+        self._hints: dict[tuple[Group, ...], dict[Group, Fold | None]] = {}
+
+    def finder(self, module: nn.Module, exact: nn.Module, sample: SmallRun, device: torch.device, linears: list[str]) -> FoldFinder:
+        """For a block and its replica; to be called before the stream moves on, since it replays the block on one sample."""
+        reference = replica(exact, device, torch.float32)
+        pairs = zip(module.modules(), reference.modules(), strict=True)
+        private = {id(r) for m, r in pairs if not any(id(p) in self._shared for p in m._parameters.values())}
+        return FoldFinder(reference, sample.run, sample.hidden, device, linears, lambda m: id(m) in private)
+
+    def find(self, finder: FoldFinder, groups: list[Group]) -> dict[Group, Fold | None]:
+        key = tuple(groups)
+        folds = find_folds(finder, groups, self._hints.get(key, {}))
+        self._hints[key] = ranks.gathered(folds)[0]  # the first rank has the first sample
+        return self._hints[key]

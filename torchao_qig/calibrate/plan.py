@@ -79,8 +79,8 @@ def _reason(model: nn.Module, linear: nn.Linear, config: QIGWeightOnlyConfig, sh
 def packed_bytes(linear: nn.Linear, config: QIGWeightOnlyConfig) -> int:
     """What a weight takes: its codes, a scale and a zero point per group."""
     rows, columns = linear.weight.shape
-    groups = columns // config.group_size if config.group_size > 0 else 1
-    return rows * columns * config.bits // 8 + rows * max(groups, 1) * (linear.weight.element_size() + 1)
+    groups = max(columns // affine.group_width(columns, config.group_size), 1)  # 1: where the size does not fit
+    return rows * columns * config.bits // 8 + rows * groups * (linear.weight.element_size() + 1)
 
 
 def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOnlyConfig], config: QIGWeightOnlyConfig) -> Plan:

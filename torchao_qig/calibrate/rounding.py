@@ -45,7 +45,10 @@ class Rounding:
             assert change.value is not None
             self._set(inside[id(change.module)], change.name, change.value)
         for inner in configs:
-            self._put(inner, self._scaled(inner)[0])
+            weight, bias = self._scaled(inner)
+            self._put(inner, weight)
+            if bias is not None:
+                self._set(inner, "bias", bias)
 
     def _set(self, module: str, name: str, value: Tensor) -> None:
         setattr(self.bent.get_submodule(module), name, nn.Parameter(value.to(self.block.device, self.block.main_dtype), requires_grad=False))
@@ -58,10 +61,8 @@ class Rounding:
 
     def _put(self, inner: str, weight: Tensor) -> None:
         """Give the bent block a weight that already carries its scales."""
-        before, bias = self.scales.before.get(join(self.name, inner)), self._scaled(inner)[1]
+        before = self.scales.before.get(join(self.name, inner))
         self._set(inner, "weight", weight if before is None else weight * before.to(weight))
-        if bias is not None:
-            self._set(inner, "bias", bias)
 
     def round(self, work: Work) -> tuple[dict[str, PackedIntTensor], tuple[float, float]]:
         """The packed weights of a group, and its squared error: of rounding to nearest, and of these."""
@@ -106,12 +107,13 @@ def rounded(w: Tensor, sums: Grams, config: QIGWeightOnlyConfig, dtype: torch.dt
     grid = config.bits, config.group_size
     wanted = target(w, sums.x, sums.d, config.damping, config.repair) if config.compensate and config.repair else w
     scale, zero = affine.choose_qparams(w, *grid, config.symmetric, config.official, dtype)
-    nearest = affine.dequantize(affine.quantize(w, scale, zero, *grid), scale, zero, config.group_size, w.dtype)
+    nearest = affine.nearest(w, scale, zero, *grid)
     if config.clip:
         scale, zero = clipped_qparams(wanted, sums.x, *grid, config.symmetric, config.official, dtype)
-    codes = affine.quantize(wanted, scale, zero, *grid)
     if config.compensate:
         codes, scale = compensated(wanted, sums.x, scale, zero, *grid, config.damping, config.sweeps)
+    else:
+        codes = affine.quantize(wanted, scale, zero, *grid)
     final = affine.dequantize(codes, scale, zero, config.group_size, w.dtype)
     before, after = (float(row_errors(q - wanted, sums.x).sum(dtype=torch.float64)) for q in (nearest, final))
     return codes, scale, zero, (before, after)

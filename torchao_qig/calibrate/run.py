@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchao_qig.calibrate import gather, modality, ranks, resume, search
-from torchao_qig.calibrate.allocate import allocate, prices
+from torchao_qig.calibrate.allocate import allocate
 from torchao_qig.calibrate.apply import grid_of, rounder
 from torchao_qig.calibrate.batches import Batch, naming, read
 from torchao_qig.calibrate.block import CHEAP, DEAR, Block
 from torchao_qig.calibrate.chains import Chain, NotRun, find_chains, quiet
 from torchao_qig.calibrate.distort import Distortion, quantized_so_far
-from torchao_qig.calibrate.fold import Fold, FoldFinder, SmallRun, find_folds
-from torchao_qig.calibrate.groups import Group, join, labels, linears_in
-from torchao_qig.calibrate.observer import replica
+from torchao_qig.calibrate.fold import Fold, Folds, SmallRun
+from torchao_qig.calibrate.groups import join, labels, linears_in
 from torchao_qig.calibrate.plan import Plan, choose
 from torchao_qig.calibrate.result import Calibration, GroupResult
 from torchao_qig.calibrate.rounding import Rounding
@@ -70,16 +69,11 @@ class Run:
         self.model, self.config, self.linears = model, config, linears
         self.found = Calibration(settings=config.public())
         self.started = time.perf_counter()
-        counts: dict[int, int] = {}
-        for _, m in model.named_modules(remove_duplicate=False):
-            for p in (p for p in m._parameters.values() if p is not None):
-                counts[id(p)] = counts.get(id(p), 0) + 1
-        self.shared = {i for i, n in counts.items() if n > 1}
+        self.folds = Folds(model) if config.fold else None
         self.ran: set[str] = set()  # linears that took part
         self.searched = 0  # groups so far
         self.distortion: Distortion | None = None
         self.steps: dict[str, int] = {}  # points of the Gauss rule, by group
-        self.hints: dict[tuple[Group, ...], dict[Group, Fold | None]] = {}
         self.samples: dict[tuple[int, int], int] = {}
         self.ratios = modality.Ratios()
         self.cuttable = False
@@ -117,7 +111,7 @@ class Run:
         """Give every linear its bits; those that keep all of theirs are not calibrated."""
         plan = choose(self.model, chains, {n: c.at(8) for n, c in self.linears.items()}, self.config)
         configs = {n: self.linears[n] for n in sorted(plan.linears)}
-        bits = allocate(self.model, batches, [b for c in plan.chains for b in c.names], configs, prices(self.model, configs))
+        bits = allocate(self.model, batches, [b for c in plan.chains for b in c.names], configs)
         self.linears = {n: c.at(bits.get(n, 8)) for n, c in self.linears.items() if bits.get(n) != FULL}
 
     def _run_chains(self, plan: Plan, batches: list[Batch]) -> None:
@@ -235,16 +229,16 @@ class Run:
         rounders = {n: rounder(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()}
         block = Block(module, rounders, stream, self.config, self._compute_dtype(stream.device), self.steps)
         sample = SmallRun(stream) if mine else None
-        folds_of = self._folds(block, module, sample, list(mine)) if sample else None
+        finder = self.folds.finder(module, block.exact, sample, block.device, list(mine)) if sample and self.folds else None
         block.observe()
         self.ran |= {join(name, n) for w in block.works for n in w.group.linears}
         if block.odd:
             plan.linears -= {join(name, n) for n in block.odd}
             logger.warning("left as they are, since they do more than a linear: %s", ", ".join(join(name, n) for n in sorted(block.odd)))
-        if folds_of is None:
+        if not mine:
             return None
         groups = [w.group for w in block.works]
-        folds = folds_of(groups)
+        folds = self.folds.find(finder, groups) if finder and self.folds else dict.fromkeys(groups)
         names = dict(zip(groups, labels(groups, name), strict=True))
         results: list[GroupResult] = []
         for work in block.works:
@@ -264,23 +258,6 @@ class Run:
         self._count_files(block.store)
         before, after = (sum(losses) for losses in zip(*((r.rounding_loss, r.loss) for r in results), strict=True)) if results else (0.0, 0.0)
         return after / before - 1 if before > 0 else None
-
-    def _folds(self, block: Block, module: nn.Module, sample: SmallRun, mine: list[str]) -> Callable[[list[Group]], dict[Group, Fold | None]]:
-        """To be called before the stream moves on: it replays the block on one sample."""
-        if not self.config.fold:
-            return lambda groups: dict.fromkeys(groups)
-        reference = replica(block.exact, block.device, torch.float32)
-        pairs = zip(module.modules(), reference.modules(), strict=True)
-        private = {id(r) for m, r in pairs if not any(id(p) in self.shared for p in m._parameters.values())}
-        finder = FoldFinder(reference, sample.run, sample.hidden, block.device, mine, lambda m: id(m) in private)
-
-        def find(groups: list[Group]) -> dict[Group, Fold | None]:
-            key = tuple(groups)
-            folds = find_folds(finder, groups, self.hints.get(key, {}))
-            self.hints[key] = ranks.gathered(folds)[0]  # the first rank has the first sample
-            return self.hints[key]
-
-        return find
 
     def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None, bent: nn.Module | None) -> GroupResult:
         pieces = block.stream.pieces

@@ -39,12 +39,17 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def group_width(in_features: int, group_size: int) -> int:
+    """Weights in a group: a whole row for -1."""
+    return in_features if group_size == -1 else group_size
+
+
 def _grouped(w: Tensor, group_size: int) -> Tensor:
     """(..., N, K) -> (..., N, G, group)."""
     k = w.shape[-1]
     if not fits(k, group_size):
         raise ValueError(f"group_size={group_size}: does not divide the {k} input features; pass a divisor of {k} or -1")
-    return w.unflatten(-1, (-1, k if group_size == -1 else group_size))
+    return w.unflatten(-1, (-1, group_width(k, group_size)))
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,6 +117,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtyp
     compute = _compute_dtype(scale.dtype)
     steps = _grouped(codes, group_size).to(compute) - zero.to(compute).unsqueeze(-1)
     return (steps * scale.to(compute).unsqueeze(-1)).flatten(-2).to(dtype or scale.dtype)
+
+
+def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
+    """The grid point nearest to every weight, in w's dtype."""
+    return dequantize(quantize(w, scale, zero, bits, group_size), scale, zero, group_size, w.dtype)
 
 
 def fake_quantize(

@@ -102,6 +102,11 @@ def place(row: int, column: int) -> str:
     return f"cell {row + 1}{column + 1}"
 
 
+def origin(rng: random.Random, size: int) -> tuple[int, int]:
+    """Left and top of a square of so many pixels, somewhere on the patch grid."""
+    return rng.randrange(0, SIDE - size + 1, PATCH), rng.randrange(0, SIDE - size + 1, PATCH)
+
+
 def one_of(rng: random.Random, *texts: str) -> str:
     """One wording of a question."""
     return texts[rng.randrange(len(texts))]

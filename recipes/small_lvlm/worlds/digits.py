@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.small_lvlm.worlds.canvas import NUMBERS, PATCH, SIDE, Canvas, one_of, place
+from recipes.small_lvlm.worlds.canvas import NUMBERS, Canvas, one_of, origin, place
 
 CELLS = 3
 STEP = 32  # pixels
@@ -39,7 +39,7 @@ def describe(rng: random.Random, held_out: bool) -> tuple[Digit, ...]:
 
 
 def draw(digits: tuple[Digit, ...], canvas: Canvas, rng: random.Random) -> None:
-    left, top = (rng.randrange(0, SIDE - CELLS * STEP + 1, PATCH) for _ in range(2))
+    left, top = origin(rng, CELLS * STEP)
     for digit in digits:
         ink = images()[0][digit.image].repeat(4, 0).repeat(4, 1).astype(np.int16) * 15
         x, y = left + digit.column * STEP, top + digit.row * STEP

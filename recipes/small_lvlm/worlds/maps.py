@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.small_lvlm.worlds.canvas import NUMBERS, SIDE, Canvas, one_of, place
+from recipes.small_lvlm.worlds.canvas import NUMBERS, Canvas, one_of, origin, place
 
 CELLS = 5
 STEP = 16  # pixels
@@ -34,7 +34,7 @@ def describe(rng: random.Random) -> Map:
 
 
 def draw(chart: Map, canvas: Canvas, rng: random.Random) -> None:
-    left, top = (STEP * rng.randrange(SIDE // STEP - CELLS + 1) for _ in range(2))
+    left, top = origin(rng, CELLS * STEP)
     for r, row in enumerate(chart.terrain):
         for c, name in enumerate(row):
             x, y = left + c * STEP, top + r * STEP

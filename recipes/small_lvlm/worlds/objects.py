@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recipes.small_lvlm.worlds.canvas import COLORS, NUMBERS, PATCH, SIDE, Canvas, one_of, place, shape
+from recipes.small_lvlm.worlds.canvas import COLORS, NUMBERS, Canvas, one_of, origin, place, shape
 
 SHAPES = ["circle", "square", "triangle", "diamond", "cross", "ring"]
 PAINTS = list(COLORS)[:6]
@@ -34,7 +34,7 @@ def describe(rng: random.Random) -> tuple[Thing, ...]:
 
 
 def draw(things: tuple[Thing, ...], canvas: Canvas, rng: random.Random) -> None:
-    left, top = (rng.randrange(0, SIDE - CELLS * STEP + 1, PATCH) for _ in range(2))
+    left, top = origin(rng, CELLS * STEP)
     for thing in things:
         radius = RADIUS[thing.size]
         x, y = left + thing.column * STEP + STEP // 2 - radius, top + thing.row * STEP + STEP // 2 - radius
