@@ -1,6 +1,7 @@
 """Every method at several settings on the small LVLM: accuracy, NLL, and KL to full precision, with paired intervals.
 
     python -m benchmarks.accuracy [--settings W3g128 ...] [--methods rtn awq ...] [--seeds 3] [--pictures 1000] [--name accuracy]
+    python -m benchmarks.accuracy --beyond      # each piece of the default method, alone and together: results/beyond.*
 
 Each method but rounding is calibrated on `--seeds` different sets of 128 samples of a split of its own. Answers to each question
 are kept in benchmarks/cache, so that a killed run continues and further methods can be added; results/NAME.json and .md hold the
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.timing import machine
 from recipes.evaluate import Answers, answer, batches, difference, scores
-from recipes.methods import METHODS, PAPERS, quantized
+from recipes.methods import BEYOND, METHODS, PAPERS, quantized
 from recipes.small_lvlm.data import FAMILIES, chosen
 from recipes.small_lvlm.model import WEIGHTS, load
 
@@ -50,11 +51,11 @@ class Bench:
         self.cache = HERE / "cache" / f"{weights:08x}-{pictures}"  # another model or test set has other answers
         self.cache.mkdir(parents=True, exist_ok=True)
 
-    def run(self, setting: str, method: str, seed: int) -> tuple[Answers, float]:
+    def run(self, setting: str, grid: dict[str, Any], method: str, seed: int) -> tuple[Answers, float]:
         """The answers of one quantized model and the seconds its making took."""
         file = self.cache / f"{setting} {method} {seed}.safetensors".replace(" ", "-")
         if not file.exists():
-            model, seconds = quantized(self.full, self.tokenizer, method, seed=seed, **SETTINGS[setting])
+            model, seconds = quantized(self.full, self.tokenizer, method, seed=seed, **grid)
             found = answer(model, self.asked, self.reference, progress=False)
             stored = {name: getattr(found, name) for name in COLUMNS} | {"seconds": torch.tensor(seconds)}
             save_file(stored, file.with_suffix(".new"))
@@ -107,7 +108,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--name", default="accuracy")
+    parser.add_argument("--beyond", action="store_true")
     args = parser.parse_args()
+    if args.beyond:
+        args.settings, args.methods, args.name = ["W3g128", "W2g64"], list(BEYOND), "beyond"
 
     bench = Bench(args.pictures)
     result: dict[str, Any] = {
@@ -117,7 +121,7 @@ def main() -> None:
         found: dict[str, Answers] = {}
         rows: dict[str, Any] = {}
         for method in args.methods:
-            runs = [bench.run(setting, method, seed) for seed in range(1 if method == "rtn" else args.seeds)]
+            runs = [bench.run(setting, SETTINGS[setting], method, seed) for seed in range(1 if method == "rtn" else args.seeds)]
             found[method] = averaged([run for run, _ in runs])
             rows[method] = row(found[method], [run for run, _ in runs], [seconds for _, seconds in runs])
             every = rows[method]["all"]

@@ -18,7 +18,7 @@ from recipes.small_lvlm.model import inputs
 from torchao_qig import QIGWeightOnlyConfig
 
 SCALES: dict[str, Any] = dict(clip=False, compensate=False)  # nothing but equalization scales
-GPTQ: dict[str, Any] = dict(clip=False, compensate=True, repair=0.0, sweeps=0)  # errors passed on, nothing else
+GPTQ: dict[str, Any] = dict(compensate=True, repair=0.0, sweeps=0)  # errors passed on, nothing else
 
 # AWQ and MBQ search the same candidates at the same outputs as QIG; what differs is what a token's error counts (and AWQ's loss).
 METHODS: dict[str, Callable[..., QIGWeightOnlyConfig]] = {
@@ -27,19 +27,20 @@ METHODS: dict[str, Callable[..., QIGWeightOnlyConfig]] = {
     "mbq": partial(QIGWeightOnlyConfig, sensitivity="modality", **SCALES),
     "qig-paper": QIGWeightOnlyConfig.paper,
     "qig": partial(QIGWeightOnlyConfig, **SCALES),
-    # beyond the paper: rounding without scales, then QIG's scales with each piece
-    "gptq": partial(QIGWeightOnlyConfig, sensitivity=None, **GPTQ),
+    # beyond the paper: integers chosen without scales, piece by piece up to the defaults
+    "gptq": partial(QIGWeightOnlyConfig, **GPTQ),
     "gptq-modality": partial(QIGWeightOnlyConfig, sensitivity="modality", grid=1, **GPTQ),
-    "gptaq": partial(QIGWeightOnlyConfig, sensitivity=None, **{**GPTQ, "repair": 1.0}),
+    "gptaq": partial(QIGWeightOnlyConfig, **{**GPTQ, "repair": 1.0}),
+    "default": QIGWeightOnlyConfig,
+    "default+clip": partial(QIGWeightOnlyConfig, clip=True),
+    "default+qig-weights": partial(QIGWeightOnlyConfig, sensitivity="qig", grid=1),  # one candidate: no scale
+    # the same pieces on top of scales
     "qig+clip": partial(QIGWeightOnlyConfig, clip=True, compensate=False),
-    "qig+gptq": partial(QIGWeightOnlyConfig, **GPTQ),
-    "qig+sweeps": partial(QIGWeightOnlyConfig, **{**GPTQ, "sweeps": 2}),
-    "qig+sweeps+clip": partial(QIGWeightOnlyConfig, **{**GPTQ, "sweeps": 2, "clip": True}),
-    "awq+all": partial(QIGWeightOnlyConfig, sensitivity="uniform", loss="mse", clip=True, compensate=True),
-    "mbq+all": partial(QIGWeightOnlyConfig, sensitivity="modality", clip=True, compensate=True),
-    "qig+all": partial(QIGWeightOnlyConfig, clip=True, compensate=True),
+    "qig+gptq": partial(QIGWeightOnlyConfig, sensitivity="qig", **GPTQ),
+    "default+qig": partial(QIGWeightOnlyConfig, sensitivity="qig"),
 }
-PAPERS = ("rtn", "awq", "mbq", "qig-paper", "qig")
+PAPERS = ("rtn", "awq", "mbq", "qig-paper", "qig", "default")
+BEYOND = ("rtn", "awq", "qig", "qig+clip", "gptq", "gptq-modality", "gptaq", "qig+gptq", "default", "default+clip", "default+qig-weights", "default+qig")
 
 
 def calibration_batches(tokenizer: PreTrainedTokenizerFast, count: int = 128, seed: int = 0, size: int = 16) -> list[dict[str, Tensor]]:

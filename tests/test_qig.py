@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torchao.core.config import config_from_dict, config_to_dict
-from torchao.quantization import FqnToConfig, quantize_
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 from transformers import TorchAoConfig
 
 import torchao_qig
@@ -22,7 +22,7 @@ from tests.tiny_models import VLMS, gemma3, language_model, llama, qwen2, qwen3_
 from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
 from torchao_qig.calibrate.apply import changes, commit
 
-QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=32, grid=6, verbose=False)
+QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=32, grid=6, compensate=False, verbose=False)
 FAMILIES = {**VLMS, "gemma3": gemma3, "llama": llama, "qwen3_moe": qwen3_moe, "qwen2": qwen2}
 
 
@@ -72,6 +72,27 @@ def test_one_call(family: str, tmp_path: Path) -> None:
     assert described["_type"] == "QIGWeightOnlyConfig"
     assert "calib" not in described["_data"]
     assert described["_data"]["pre_scaled"] == any(w.act_pre_scale is not None for w in packed(model).values())
+
+
+def test_defaults() -> None:
+    """Integers are chosen, without scales; scales by QIG where integers are not ours to choose, or on request."""
+    assert (QIGWeightOnlyConfig().compensate, QIGWeightOnlyConfig().sensitivity) == (True, None)
+    for config in (QIGWeightOnlyConfig(compensate=False), QIGWeightOnlyConfig(base_config=Int8WeightOnlyConfig()), QIGWeightOnlyConfig.paper()):
+        assert (config.compensate, config.sensitivity) == (False, "qig")
+    assert QIGWeightOnlyConfig(sensitivity="qig").compensate
+    assert QIGWeightOnlyConfig(sensitivity="uniform", compensate=False).sensitivity == "uniform"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_call(family: str) -> None:
+    """Without any setting but the size: every family comes nearer to itself than by rounding to nearest."""
+    model, inputs = FAMILIES[family]()
+    found = torchao_qig.calibrate(model, [inputs], QIGWeightOnlyConfig(bits=3, group_size=32, verbose=False))
+    assert found.weights.keys() == found.grids.keys()
+    assert not found.groups
+    before, after = (sum(errors) for errors in zip(*found.squared_errors.values(), strict=True))
+    assert after < 0.7 * before
+    assert all(label in found.summary() for label in found.squared_errors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,7 @@ def demo(
     bits: Annotated[int, typer.Option(min=1, max=8, help="bits per weight")] = 3,
     samples: Annotated[int, typer.Option(min=1, help="pictures to calibrate on")] = 128,
     pictures: Annotated[int, typer.Option(min=1, help="test pictures, about four questions each")] = 250,
-    speed: Annotated[bool, typer.Option(help="compile and time the decoders: takes minutes")] = False,
+    speed: Annotated[bool, typer.Option(help="compile and time the decoders")] = True,
 ) -> None:
     """Quantize the small LVLM of the repository; print accuracy, size, speed and an answer."""
     try:

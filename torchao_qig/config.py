@@ -69,7 +69,8 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         pre_scaled: for loaders: weights made without data get an `act_pre_scale` of ones.
 
     The search:
-        sensitivity: what a token's error counts: "qig", "modality" (MBQ), "uniform" (AWQ), or None for no search.
+        sensitivity: what a token's error counts: "qig", "modality" (MBQ), "uniform" (AWQ), or None for no search. "auto": None with
+            `compensate`, "qig" without.
         loss: "mae" or "mse", at the output of the module that a group feeds.
         grid: number of candidate scales.
         quadrature, steps: "gauss" (4 points, or 6 where those do not agree) or "riemann" (the paper's 32) for the integrated gradients.
@@ -79,6 +80,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         clip: choose each group's range by the weighted error of its outputs, instead of spanning all of its weights.
         compensate: round to change outputs least, not weights: every column's error is passed on to those after it (GPTQ), on
             the inputs that the model quantized so far has, towards full-precision outputs. The file is as large, the model as fast.
+            None: yes, unless `base_config` is given, which chooses its own integers.
         damping: of the inputs' Gram matrix, as part of its mean diagonal.
         sweeps: with `compensate`, so often scales are fitted and single integers changed for the better after that.
         repair: with `compensate`, how far to aim beyond a linear's own rounding at what was rounded before it, 0 to 1.
@@ -108,7 +110,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     fold: bool = True
     pre_scale: bool = True
     pre_scaled: bool = False
-    sensitivity: str | None = "qig"
+    sensitivity: str | None = "auto"
     loss: str = "mae"
     grid: int = 20
     quadrature: str = "gauss"
@@ -117,9 +119,9 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     warmup_groups: int = 0
     modality_ratio: float | dict[str, float] | None = None
     clip: bool = False
-    compensate: bool = False
-    damping: float = 0.01
-    repair: float = 0.5
+    compensate: bool | None = None
+    damping: float = 0.03
+    repair: float = 1.0
     sweeps: int = 2
     propagate_error: bool = False
     official: bool = False
@@ -135,6 +137,9 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     version: int = 1
 
     def __post_init__(self) -> None:
+        self.compensate = self.base_config is None if self.compensate is None else self.compensate
+        if self.sensitivity == "auto":  # with compensation, scales measured worse than none: benchmarks/results/beyond.md
+            self.sensitivity = None if self.compensate else "qig"
         self._check_bits()
         _check_dtype("dtype", self.dtype)
         _check_dtype("compute_dtype", self.compute_dtype)
@@ -149,7 +154,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
             _check_count(name, getattr(self, name), least, optional)
         if isinstance(self.modules, str) or not (self.modules is None or all(isinstance(m, str) for m in self.modules)):
             raise ValueError(f"modules={self.modules!r}: pass a list of module names, or None for the decoder's blocks")
-        if not (self.fold or self.pre_scale):
+        if self.sensitivity is not None and not (self.fold or self.pre_scale):
             raise ValueError("fold=False, pre_scale=False: then there is nowhere to put a scale; set one of them, or sensitivity=None")
         if self.base_config is not None and not isinstance(self.base_config, AOBaseConfig):
             raise ValueError(f"base_config={self.base_config!r}: pass a torchao config such as Int8WeightOnlyConfig()")
@@ -183,13 +188,15 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     @property
     def rounds(self) -> bool:
         """Whether calibration chooses the integers, too."""
-        return self.clip or self.compensate
+        return bool(self.clip or self.compensate)
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "QIGWeightOnlyConfig":
         """The published method as its released code computes it (32 Riemann points, every candidate, clamped zero points,
         uniform weights for the first five groups, groups that cannot be folded left out)."""
-        search: dict[str, Any] = dict(quadrature="riemann", steps=32, loss="mae", search="exhaustive", warmup_groups=5, compute_dtype=torch.float32)
+        search: dict[str, Any] = dict(
+            sensitivity="qig", quadrature="riemann", steps=32, loss="mae", search="exhaustive", warmup_groups=5, compute_dtype=torch.float32
+        )
         form: dict[str, Any] = dict(official=True, pre_scale=False, clip=False, compensate=False)
         return cls(**{**search, **form, **kwargs})
 

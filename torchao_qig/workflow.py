@@ -182,7 +182,7 @@ def calibrated_call(call: _compat.QuantizeCall) -> None:
     if config.calib is None and config.step is None:
         _refuse_without_data(config)
         check_assignments(call)
-        if sum(isinstance(m, nn.Linear) for m in call.model.modules()) > 1 and config.sensitivity is not None:
+        if sum(isinstance(m, nn.Linear) for m in call.model.modules()) > 1 and (config.sensitivity is not None or config.rounds):
             warnings.warn("calib=None: weights are rounded to nearest, without calibration; pass calib= to calibrate", stacklevel=4)
         return
     from torchao_qig.calibrate.apply import changes, commit

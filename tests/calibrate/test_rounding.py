@@ -18,7 +18,7 @@ from tests.test_qig import FAMILIES, packed, run
 from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
 from torchao_qig.tensor import affine
 
-QUICK = partial(QIGWeightOnlyConfig, bits=2, group_size=16, grid=4, clip=True, compensate=True, verbose=False)
+QUICK = partial(QIGWeightOnlyConfig, bits=2, group_size=16, grid=4, sensitivity="qig", clip=True, compensate=True, verbose=False)
 
 
 def quantized(model: nn.Module, batches: list[Any], **settings: Any) -> nn.Module:
@@ -59,10 +59,10 @@ def test_chosen_weights_are_what_the_model_gets(sensitivity: str | None, tmp_pat
     names = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks" in n}
     assert found.weights.keys() == names == found.grids.keys()
     assert bool(found.groups) == (sensitivity is not None)
-    for group in found.groups.values():
-        assert group.squared_errors is not None
-        assert 0 < group.squared_errors[1] < group.squared_errors[0]
-    assert ("left" in found.summary()) == bool(found.groups)
+    assert all(0 < after < before for before, after in found.squared_errors.values())
+    assert "left" in found.summary()
+    assert all(label in found.summary() for label in found.squared_errors)
+    assert set(found.groups) == (set(found.squared_errors) if sensitivity else set())
     found.save(tmp_path)
     loaded = Calibration.load(tmp_path)
     at_once, from_file = quantized(model, batches, sensitivity=sensitivity), copy.deepcopy(model)
@@ -147,7 +147,7 @@ def test_squared_errors_recomputed(settings: dict[str, Any]) -> None:
             for i, rounded in enumerate((plain, found.weights[name].dequantize())):
                 out = (inputs[name] / group.scale) @ (w - rounded).T
                 expected[i] += float((out.square().sum(-1) * torch.stack(found.tokens[label])).sum())
-        assert group.squared_errors == pytest.approx(expected, rel=1e-3)
+        assert found.squared_errors[label] == pytest.approx(expected, rel=1e-3)
 
 
 def test_mixed_bits() -> None:

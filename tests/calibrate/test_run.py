@@ -18,7 +18,7 @@ from tests.tiny_models import llava_onevision, qwen2
 from torchao_qig import Calibration, QIGWeightOnlyConfig
 from torchao_qig.calibrate.result import MODALITIES
 
-QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=16, grid=6, verbose=False)
+QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=16, grid=6, compensate=False, verbose=False)
 
 
 def build(layers: int = 2, **kwargs: Any) -> nn.Module:

@@ -27,7 +27,7 @@ def errors() -> dict[str, dict[str, Tensor]]:
     batch = {k: inputs[k] for k in ("inputs_embeds", "attention_mask")}
 
     def weights(**rule: object) -> dict[str, Tensor]:
-        config = QIGWeightOnlyConfig(bits=3, group_size=32, grid=1, verbose=False, compute_dtype=torch.float32, **rule)
+        config = QIGWeightOnlyConfig(bits=3, group_size=32, grid=1, compensate=False, verbose=False, compute_dtype=torch.float32, **rule)
         found = torchao_qig.calibrate(model, [batch], config)
         return {label: torch.stack(w) for label, w in found.tokens.items()}
 

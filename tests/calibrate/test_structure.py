@@ -21,7 +21,7 @@ from torchao_qig.calibrate.batches import as_batch
 from torchao_qig.calibrate.chains import find_chains, quiet
 from torchao_qig.config import PackedIntWeightOnlyConfig
 
-QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=16, grid=4, verbose=False)
+QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=16, grid=4, compensate=False, verbose=False)
 
 
 def calibrate(model: nn.Module, *batches: Any, **kwargs: Any) -> torchao_qig.Calibration:

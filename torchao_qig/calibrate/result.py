@@ -14,7 +14,7 @@ from torch import Tensor
 from torchao_qig.tensor import PackedIntTensor
 from torchao_qig.tensor.packed import DATA
 
-FORMAT = 2  # of the files
+FORMAT = 3  # of the files
 MODALITIES = {"padding": 0, "text": 1, "vision": 2, "answer": 3}
 
 
@@ -33,7 +33,6 @@ class GroupResult:
         losses: candidate number -> loss, of those evaluated on all samples. 0 is plain rounding.
         x_mean: mean magnitude of the input's channels.
         scale: the equalization scale, float32.
-        squared_errors: where calibration chose the integers: the weighted squared error of rounding to nearest, and theirs.
     """
 
     label: str
@@ -48,7 +47,6 @@ class GroupResult:
     losses: dict[int, float]
     x_mean: Tensor
     scale: Tensor
-    squared_errors: tuple[float, float] | None = None
 
     @property
     def loss(self) -> float:
@@ -87,6 +85,7 @@ class Calibration:
         modality: per sample what each token is.
         completeness: label -> per sample error.
         weights: linear -> its packed weight, where calibration chose the integers (`clip`, `compensate`).
+        squared_errors: label -> what that was about: the weighted squared error of rounding to nearest, and of these integers.
         settings: the config's public fields.
         stats: seconds, peak memory, number of samples and tokens, versions.
     """
@@ -97,6 +96,7 @@ class Calibration:
     modality: list[Tensor] = field(default_factory=list)
     completeness: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, PackedIntTensor] = field(default_factory=dict)
+    squared_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -123,11 +123,16 @@ class Calibration:
     def of_block(self, block: str) -> "Calibration":
         """What was found in one block."""
         labels = [label for label, g in self.groups.items() if g.block == block]
+
+        def inside(found: dict[str, Any]) -> dict[str, Any]:
+            return {k: v for k, v in found.items() if not block or k == block or k.startswith(f"{block}.")}
+
         return Calibration(
             groups={k: self.groups[k] for k in labels},
             tokens={k: v for k, v in self.tokens.items() if k in labels},
             completeness={k: v for k, v in self.completeness.items() if k in labels},
-            weights={k: v for k, v in self.weights.items() if not block or k == block or k.startswith(f"{block}.")},
+            weights=inside(self.weights),
+            squared_errors=inside(self.squared_errors),
         )
 
     def add(self, other: "Calibration") -> None:
@@ -136,16 +141,24 @@ class Calibration:
         self.tokens |= other.tokens
         self.completeness |= other.completeness
         self.weights |= other.weights
+        self.squared_errors |= other.squared_errors
 
     def summary(self) -> str:
-        """One line per group: the loss of plain rounding, the winner's, its ratio and where its scale went; then what it took."""
-        width = max((len(label) for label in self.groups), default=5)
-        left = any(g.squared_errors for g in self.groups.values())  # what choosing the integers leaves of the squared error
-        lines = [f"{'group':{width}}  weights   rounding    chosen  ratio  {'left   ' if left else ''}scale in"]
-        for g in self.groups.values():
-            where = g.fold_into or g.fold_kind
-            part = f"{g.squared_errors[1] / max(g.squared_errors[0], 1e-300):5.1%}  " if g.squared_errors else ""
-            lines.append(f"{g.label:{width}}  {g.weighting:8} {g.rounding_loss:9.3e} {g.loss:9.3e}  {g.ratio:5.2f}  {part}{where}")
+        """One line per group: what the choice of integers leaves of rounding's squared error; the loss of plain rounding, that of the
+        scale chosen, its ratio and where it went. Then what it took."""
+        labels = list(dict.fromkeys([*self.groups, *self.squared_errors]))
+        width = max((len(label) for label in labels), default=5)
+        columns = ["left  "] * bool(self.squared_errors) + ["weights   rounding    chosen  ratio  scale in"] * bool(self.groups)
+        lines = [f"{'group':{width}}  {'  '.join(columns)}"]
+        for label in labels:
+            line = f"{label:{width}}  "
+            if self.squared_errors:
+                before, after = self.squared_errors.get(label, (float("nan"),) * 2)
+                line += f"{after / max(before, 1e-300):6.1%}  "
+            if label in self.groups:
+                g = self.groups[label]
+                line += f"{g.weighting:8} {g.rounding_loss:9.3e} {g.loss:9.3e}  {g.ratio:5.2f}  {g.fold_into or g.fold_kind}"
+            lines.append(line.rstrip())
         if "seconds" in self.stats:
             device = f", {self.stats['peak_device_bytes'] / 2**20:.0f} MiB on the device" if "peak_device_bytes" in self.stats else ""
             lines.append(f"{self.stats['samples']} samples, {self.stats['seconds']:.1f} s, peak memory {self.stats['peak_host_bytes'] / 2**20:.0f} MiB{device}")
@@ -169,7 +182,10 @@ class Calibration:
             tensors |= {f"{name}.{data}": getattr(w, data) for data in DATA}
         tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
         shapes = {name: [w.bits, w.group_size, w.rows, w.columns] for name, w in self.weights.items()}
-        described = {"format": FORMAT, "groups": groups, "grids": self.grids, "weights": shapes, "settings": self.settings, "stats": self.stats}
+        described = {
+            "format": FORMAT, "groups": groups, "grids": self.grids, "weights": shapes, "squared_errors": self.squared_errors,
+            "settings": self.settings, "stats": self.stats,
+        }  # fmt: skip
         _replace(directory / "calibration.safetensors", lambda p: save_file(tensors, p))
         _replace(directory / "calibration.json", lambda p: p.write_text(json.dumps(described, indent=1)))
 
@@ -187,6 +203,7 @@ class Calibration:
             )
         tensors = load_file(directory / "calibration.safetensors")
         found = cls(grids=described["grids"], settings=described["settings"], stats=described["stats"], modality=_unpacked("modality", tensors))
+        found.squared_errors = {label: (before, after) for label, (before, after) in described["squared_errors"].items()}
         for name, shape in described["weights"].items():
             found.weights[name] = PackedIntTensor(*(tensors[f"{name}.{data}"] for data in DATA), *shape)
         for number, fields in enumerate(described["groups"]):

@@ -21,7 +21,7 @@ from torchao_qig.calibrate.block import CHEAP, DEAR, Block
 from torchao_qig.calibrate.chains import Chain, NotRun, find_chains, quiet
 from torchao_qig.calibrate.distort import Distortion, quantized_so_far
 from torchao_qig.calibrate.fold import Fold, Folds, SmallRun
-from torchao_qig.calibrate.groups import join, labels, linears_in
+from torchao_qig.calibrate.groups import Group, join, labels, linears_in
 from torchao_qig.calibrate.plan import Plan, choose
 from torchao_qig.calibrate.result import Calibration, GroupResult
 from torchao_qig.calibrate.rounding import Rounding
@@ -250,13 +250,14 @@ class Run:
                 self._weigh(block, work, name)
             work.only_inputs() if self.config.rounds else work.parts.clear()
         if self.config.rounds:
-            bent = self._round(block, name, results, mine)
+            bent = self._round(block, name, results, mine, names)
         elif self.distortion:
             bent = quantized_so_far(block, name, results, mine)
         if self.distortion:
             self.distortion.advance(block, bent)
         self._count_files(block.store)
-        before, after = (sum(losses) for losses in zip(*((r.rounding_loss, r.loss) for r in results), strict=True)) if results else (0.0, 0.0)
+        errors = [self.found.squared_errors[label] for label in names.values()] if self.config.rounds else [(r.rounding_loss, r.loss) for r in results]
+        before, after = (sum(losses) for losses in zip(*errors, strict=True)) if errors else (0.0, 0.0)
         return after / before - 1 if before > 0 else None
 
     def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None, bent: nn.Module | None) -> GroupResult:
@@ -284,15 +285,12 @@ class Run:
         sensitivity = "uniform" if warming_up or self.config.sensitivity is None else self.config.sensitivity
         block.weigh(work, sensitivity, self.ratios.of(join(block_name, work.group.inspected)), self.ratios.counts)
 
-    def _round(self, block: Block, name: str, results: list[GroupResult], mine: dict[str, QIGWeightOnlyConfig]) -> nn.Module:
+    def _round(self, block: Block, name: str, results: list[GroupResult], mine: dict[str, QIGWeightOnlyConfig], names: dict[Group, str]) -> nn.Module:
         """Choose the integers of a block; what it becomes."""
         rounding = Rounding(self.model, block, name, results, mine, self.distortion if self.config.compensate else None)
-        result_of = {linear: r for r in results for linear in r.linears}
         for work in block.works:
-            packed, errors = rounding.round(work)
+            packed, self.found.squared_errors[names[work.group]] = rounding.round(work)
             self.found.weights |= packed
-            if (result := result_of.get(next(iter(packed)))) is not None:
-                result.squared_errors = errors
             work.parts.clear()
         return rounding.bent
 

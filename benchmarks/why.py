@@ -1,0 +1,72 @@
+"""Why the methods that search equalization scales end so near to each other: what the token weights look like, and what they change.
+
+    python -m benchmarks.why [--setting W3g128] [--samples 128]
+
+One calibration of the small LVLM per method, no evaluation. For each: how few tokens carry the weights, at how many groups the
+choice differs from that of uniform weights, and what uniform weights' choice would cost under the method's own loss. Writes
+results/why.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.accuracy import SETTINGS
+from benchmarks.timing import machine
+from recipes.methods import METHODS, calibration_batches
+from recipes.small_lvlm.model import load
+from torchao_qig import Calibration, calibrate
+
+RESULTS = Path(__file__).parent / "results"
+COMPARED = {"awq": {}, "mbq": {}, "qig-paper": {}, "qig": {}, "qig, squared error": {"loss": "mse"}, "awq, absolute error": {"loss": "mae"}}
+
+
+def effective_share(calibration: Calibration, label: str) -> float:
+    """Tokens that would carry a mean as well as the weighted ones, if weighted equally; as part of all: (sum w)^2 / (n sum w^2)."""
+    w = torch.cat([w[m > 0] for w, m in zip(calibration.token_weights(label).weights, calibration.modality, strict=True)]).double()
+    return float(w.sum() ** 2 / (w.square().sum() * len(w)))
+
+
+def compared(found: Calibration, uniform: Calibration) -> dict[str, Any]:
+    groups = found.groups
+    moved = [label for label, group in groups.items() if group.ratio != uniform.groups[label].ratio]
+    # the method's loss of the uniform choice, over its own choice; only where it looked at that candidate
+    cost = [
+        group.losses[uniform.groups[label].winner] / group.loss - 1 for label, group in groups.items() if uniform.groups[label].winner in group.losses
+    ]  # fmt: skip
+    gain = [1 - group.loss / group.rounding_loss for group in groups.values()]
+    distance = [abs(group.ratio - uniform.groups[label].ratio) for label, group in groups.items()]
+    shares = [effective_share(found, label) for label in found.tokens]
+    return {
+        "groups": len(groups), "choices_that_differ": len(moved), "mean_difference_of_ratio": float(np.mean(distance)),
+        "cost_of_the_uniform_choice": {"median": float(np.median(cost)), "largest": float(np.max(cost)), "groups": len(cost)},
+        "gain_over_rounding": {"median": float(np.median(gain)), "mean": float(np.mean(gain))},
+        "effective_share_of_tokens": {"median": float(np.median(shares)), "least": float(np.min(shares))} if shares else None,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", default="W3g128", choices=list(SETTINGS))
+    parser.add_argument("--samples", type=int, default=128)
+    args = parser.parse_args()
+    tokenizer, model = load()
+    batches = calibration_batches(tokenizer, args.samples)
+    found = {}
+    for name, changed in COMPARED.items():
+        config = METHODS[name.split(",")[0]](**SETTINGS[args.setting], search="exhaustive", **changed)
+        found[name] = calibrate(model, batches, config)
+    rows = {name: compared(calibration, found["awq"]) for name, calibration in found.items()}
+    for name, row in rows.items():
+        print(f"{name}: {json.dumps(row)}")
+    (RESULTS / "why.json").write_text(json.dumps({**machine(), "setting": args.setting, "methods": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
