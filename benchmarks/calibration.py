@@ -27,8 +27,8 @@ from torchao_qig import QIGWeightOnlyConfig
 HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 896, 4864, 14, 2, 1000
 CONFIGS = {
     "paper": lambda **k: QIGWeightOnlyConfig.paper(bits=3, warmup_groups=0, pre_scale=True, verbose=False, **k),
-    "default": lambda **k: QIGWeightOnlyConfig(bits=3, verbose=False, **k),
-    "exhaustive": lambda **k: QIGWeightOnlyConfig(bits=3, verbose=False, search="exhaustive", quadrature="riemann", compute_dtype=torch.float32, **k),
+    "default": lambda **k: QIGWeightOnlyConfig(bits=3, compensate=False, verbose=False, **k),
+    "exhaustive": lambda **k: QIGWeightOnlyConfig(bits=3, compensate=False, verbose=False, search="exhaustive", quadrature="riemann", compute_dtype=torch.float32, **k),
 }
 
 

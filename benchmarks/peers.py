@@ -125,7 +125,7 @@ def llm_compressor(modifier: str, **settings: Any) -> Callable[..., nn.Module]:
 
 
 TOOLS: dict[str, Callable[..., nn.Module]] = {
-    "rounding": ours("rtn"), "ours, AWQ": ours("awq"), "ours, paper's QIG": ours("qig-paper"), "ours, default": ours("default"),
+    "rounding": ours("rtn"), "ours, AWQ": ours("awq"), "ours, default": ours("default"),
     "torchao AWQ": torchao_awq, "torchao HQQ": torchao_hqq, "auto-round": auto_round, "llm-compressor AWQ": llm_compressor("awq"),
     "llm-compressor GPTQ": llm_compressor("gptq", actorder="static"),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
     python -m recipes.small_lvlm.show [--bits 3] [--output docs/small_lvlm]
 
-Writes activations.png, sensitivity.png, picture.png, and figures.json with the numbers behind them.
+Writes activations.png, gradients.png, sensitivity.png, picture.png, and figures.json with the numbers behind them.
 """
 
 from __future__ import annotations
@@ -46,6 +46,29 @@ def activations(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, T
     return channels, tokens
 
 
+def gradients(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Per block and kind of token: the mean norm of the answers' NLL's gradient at the block's input, 1 being that of all tokens."""
+    norms: list[dict[str, list[Tensor]]] = []
+    for batch in batches:
+        hidden: list[Tensor] = []
+        blocks = model.model.language_model.layers  # type: ignore[union-attr]
+        handles = [b.register_forward_pre_hook(lambda _, args, hidden=hidden: hidden.append(args[0])) for b in blocks]  # type: ignore[union-attr]
+        with torch.enable_grad():
+            loss = model(**batch).loss
+            found = torch.autograd.grad(loss, hidden)
+        for handle in handles:
+            handle.remove()
+        answer = batch["labels"] != -100
+        vision = batch["input_ids"] == model.config.image_token_id
+        places = {"text": (batch["attention_mask"] == 1) & ~answer & ~vision, "vision": vision, "answer": answer}
+        norms = norms or [{kind: [] for kind in KINDS} for _ in found]
+        for per_kind, g in zip(norms, found, strict=True):
+            for kind in KINDS:
+                per_kind[kind].append(g.norm(dim=-1)[places[kind]])
+    rows = [{kind: torch.cat(parts) for kind, parts in per_kind.items()} for per_kind in norms]
+    return [{kind: float(part.mean() / torch.cat(list(row.values())).mean()) for kind, part in row.items()} for row in rows]
+
+
 def relative(calibration: Calibration) -> dict[str, dict[str, float]]:
     """For each group: the mean weight of a token of each kind, 1 being what uniform weights give."""
     result = {}
@@ -86,7 +109,17 @@ def main() -> None:
     figure.tight_layout()
     figure.savefig(args.output / "activations.png", dpi=100)
 
-    calibration = calibrate(model, calibration_batches(tokenizer), config)
+    data = calibration_batches(tokenizer)
+    by_block = gradients(model, data)
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for kind, label in zip(KINDS, ("question", "picture", "answer"), strict=True):
+        axis.plot([row[kind] for row in by_block], marker="o", label=label)
+    axis.set(xlabel="block", ylabel="mean gradient norm of a token (1: all tokens)", yscale="log", title="Gradient of the answers' NLL at the blocks' inputs")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(args.output / "gradients.png", dpi=100)
+
+    calibration = calibrate(model, data, config)
     weights = relative(calibration)
     figure, axis = plt.subplots(figsize=(8, 0.3 * len(weights) + 1.5))
     grid = np.array([[row[kind] for kind in KINDS] for row in weights.values()])
@@ -115,9 +148,10 @@ def main() -> None:
     figure.savefig(args.output / "picture.png", dpi=100)
 
     mean = {kind: float(np.mean([row[kind] for row in weights.values()])) for kind in KINDS}
-    numbers = {"channel_ratio": ratios, "token_ratio_by_block": peaks, "weight_by_group": weights, "mean_weight": mean}
+    numbers = {"channel_ratio": ratios, "token_ratio_by_block": peaks, "weight_by_group": weights, "mean_weight": mean, "gradient_by_block": by_block}
     (args.output / "figures.json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"largest over median channel: up to {max(ratios.values()):.0f}; largest over median token: up to {max(peaks):.0f}")
+    print("mean gradient norm of a token, by block: " + "; ".join(", ".join(f"{k} {v:.2f}" for k, v in row.items()) for row in by_block))
     print("mean weight of a token (1: uniform): " + ", ".join(f"{kind} {value:.2f}" for kind, value in mean.items()))
 
 
