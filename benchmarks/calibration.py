@@ -28,7 +28,9 @@ HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 896, 4864, 14, 2, 1000
 CONFIGS = {
     "paper": lambda **k: QIGWeightOnlyConfig.paper(bits=3, warmup_groups=0, pre_scale=True, verbose=False, **k),
     "default": lambda **k: QIGWeightOnlyConfig(bits=3, compensate=False, verbose=False, **k),
-    "exhaustive": lambda **k: QIGWeightOnlyConfig(bits=3, compensate=False, verbose=False, search="exhaustive", quadrature="riemann", compute_dtype=torch.float32, **k),
+    "exhaustive": lambda **k: QIGWeightOnlyConfig(
+        bits=3, compensate=False, verbose=False, search="exhaustive", quadrature="riemann", compute_dtype=torch.float32, **k
+    ),
 }
 
 
