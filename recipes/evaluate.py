@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1000, help="test pictures, about four questions and a caption each")
     parser.add_argument("--bits", type=int, help="quantize the model first")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--method", default="qig", help="with --bits: rtn, awq, mbq, qig or qig-paper")
+    parser.add_argument("--method", default="default", help="with --bits: a name in recipes/methods.py")
     parser.add_argument("--seed", type=int, default=0, help="with --bits: which 128 calibration samples")
     parser.add_argument("--compile", action="store_true", help="pays from some thousand pictures on")
     parser.add_argument("--output", type=Path, help="folder for scores.json and scores.md")

@@ -5,7 +5,7 @@
 
 The small LVLM on its own task, offline:
 
-    python -m recipes.lmms [--bits 3] [--method qig] [--limit 200]
+    python -m recipes.lmms [--bits 3] [--method default] [--limit 200]
 
 Needs lmms-eval (extra `eval`).
 """
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--limit", type=int, help="questions")
     parser.add_argument("--bits", type=int, help="quantize the model first")
-    parser.add_argument("--method", default="qig", choices=list(METHODS), help="with --bits")
+    parser.add_argument("--method", default="default", choices=list(METHODS), help="with --bits")
     parser.add_argument("--output", type=Path, help="file for the results, JSON")
     args = parser.parse_args()
     tokenizer, model = load()
