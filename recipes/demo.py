@@ -40,10 +40,20 @@ def decoder_bytes(model: nn.Module) -> int:
     return sum(w.nbytes_packed() if isinstance(w, PackedIntTensor) else w.numel() * 2 for w in weights)  # 2: as stored, in bfloat16
 
 
+def as_stored(model: nn.Module) -> nn.Module:
+    """A copy in bfloat16; buffers keep their dtype, as loading keeps it: rotary frequencies would lose digits."""
+    model = copy.deepcopy(model)
+    kept = [buffer.clone() for buffer in model.buffers()]
+    model.to(torch.bfloat16)
+    for buffer, value in zip(model.buffers(), kept, strict=True):
+        buffer.data = value
+    return model
+
+
 @torch.no_grad()
 def tokens_per_second(models: dict[str, nn.Module], repeats: int = 50) -> dict[str, float]:
     """One decode step of the decoders, the models taking turns."""
-    steps = {name: copy.deepcopy(model.model.language_model) for name, model in models.items()}  # type: ignore[union-attr]
+    steps = {name: as_stored(model.model.language_model) for name, model in models.items()}  # type: ignore[union-attr, arg-type]
     for step in steps.values():
         for layer in step.layers:  # type: ignore[union-attr]
             layer.compile(fullgraph=True, dynamic=False)  # one layer's code serves all: compiling a whole decoder takes minutes
@@ -87,7 +97,7 @@ def main(bits: int = 3, samples: int = 128, pictures: int = 250, speed: bool = T
         results[label] = scores(answer(models[label], asked, reference))
     print(f"\n{results['full precision']['questions']} test questions; calibrated on {samples} other pictures")
 
-    rate = tokens_per_second({name: model.to(torch.bfloat16) for name, model in models.items()}) if speed else {}
+    rate = tokens_per_second(models) if speed else {}
     print(f"{'weights':15} {'accuracy':>9} {'NLL':>8} {'KL':>8} {'decoder MB':>11} {'seconds':>8}" + (f" {'tokens/s':>9}" if rate else ""))
     for name, model in models.items():
         every = results[name]["all"]
@@ -103,7 +113,7 @@ def main(bits: int = 3, samples: int = 128, pictures: int = 250, speed: bool = T
     for name, model in models.items():
         print(f"  {name:15} {say(model, tokenizer, sample, question.text)}")  # type: ignore[arg-type]
 
-    last = models[f"W{bits} default"]
+    last = as_stored(models[f"W{bits} default"])
     with tempfile.TemporaryDirectory() as directory:
         torchao_qig.save_pretrained(last, directory)
         size = (Path(directory) / "model.safetensors").stat().st_size

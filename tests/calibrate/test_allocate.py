@@ -18,7 +18,7 @@ from tests.calibrate.test_run import assert_untouched, build, state_of
 from tests.plain_models import tokens
 from tests.test_qig import FAMILIES, packed, run
 from torchao_qig import Calibration, QIGWeightOnlyConfig
-from torchao_qig.calibrate.allocate import BITS, contributions, costs, difference, solve, units_of
+from torchao_qig.calibrate.allocate import BITS, contributions, costs, difference, smoothed, solve, units_of
 from torchao_qig.calibrate.batches import read
 
 QUICK = partial(QIGWeightOnlyConfig, bits="auto", budget=3.0, group_size=16, grid=4, compensate=False, verbose=False)
@@ -93,6 +93,22 @@ def test_contributions_add_up() -> None:
     assert ("blocks.0.attention.q", "blocks.0.attention.k", "blocks.0.attention.v") in units
     assert len(units) == 12
     assert float(found.sum()) == pytest.approx(divergence, rel=0.02)
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 12), st.integers(0, 2**20))
+def test_smoothing_of_costs(units: int, seed: int) -> None:
+    """What all units cost together stays; contributions that follow the squared errors exactly stay whole."""
+    g = torch.Generator().manual_seed(seed)
+    errors = torch.rand(units, 7, generator=g, dtype=torch.float64).add(0.1) * 4.0 ** -torch.arange(7)
+    matters, level = torch.rand(units, 1, generator=g, dtype=torch.float64) + 0.1, torch.rand(3, generator=g, dtype=torch.float64) + 0.5
+    exact = matters * errors[:, :3] * level
+    found = smoothed(exact, errors)
+    torch.testing.assert_close(found[:, :3], exact)
+    torch.testing.assert_close(found[:, 3:], matters * errors[:, 3:] * level[-1])
+    noisy = exact * torch.rand(units, 3, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(smoothed(noisy, errors)[:, :3].sum(0), noisy.sum(0))
+    assert (smoothed(torch.zeros(units, 3, dtype=torch.float64), errors) == 0).all()
 
 
 def test_what_matters_gets_a_larger_part() -> None:

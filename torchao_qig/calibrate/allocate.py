@@ -26,7 +26,7 @@ from torchao_qig.config import FULL, QIGWeightOnlyConfig
 from torchao_qig.tensor import affine
 
 BITS = (2, 3, 4, 5, 6, 7, 8, FULL)
-MEASURED = (2, 3, 4)  # above, the contribution falls as the squared error of the weights does
+MEASURED = (2, 3, 4)  # the first of BITS; above, costs fall as the squared error of the weights does
 POINTS = 3  # of the quadrature
 SAMPLES = 32  # that contributions are measured on
 STATES = 100_000  # of the knapsack
@@ -110,18 +110,31 @@ def contributions(model: nn.Module, batches: Sequence[Batch], units: list[Unit],
 
 
 def costs(model: nn.Module, batches: Sequence[Batch], units: list[Unit], configs: dict[str, QIGWeightOnlyConfig]) -> Tensor:
-    """(units, BITS): what each unit costs at each number of bits; never less with fewer."""
-    found = torch.zeros(len(units), len(BITS), dtype=torch.float64)
-    last = BITS.index(MEASURED[-1])
-    for i, bits in enumerate(MEASURED):
-        found[:, i] = contributions(model, batches, units, lambda name, w, bits=bits: difference(w, configs[name], bits)).clamp(min=0)  # type: ignore[misc]
+    """(units, BITS): what each unit costs at each number of bits; never less with fewer.
+
+    A unit's cost is its weights' squared error times how much that matters, which is the same at any number of bits: the mean over
+    the measured ones, since a single contribution is noisy. What all units cost together is as measured.
+    """
+    measured = torch.stack(
+        [contributions(model, batches, units, lambda name, w, bits=bits: difference(w, configs[name], bits)).clamp(min=0) for bits in MEASURED],  # type: ignore[misc]
+        dim=1,
+    )
 
     def error(name: str, bits: int) -> float:
         return float(difference(model.get_submodule(name).weight.detach(), configs[name], bits).square().sum(dtype=torch.float64))
 
-    errors = torch.tensor([[sum(error(n, b) for n in unit) for b in BITS[last:-1]] for unit in units], dtype=torch.float64)
-    found[:, last + 1 : -1] = (found[:, last] / errors[:, 0].clamp(min=1e-300))[:, None] * errors[:, 1:]
+    errors = torch.tensor([[sum(error(n, b) for n in unit) for b in BITS[:-1]] for unit in units], dtype=torch.float64)
+    found = torch.cat([smoothed(measured, errors), torch.zeros(len(units), 1, dtype=torch.float64)], 1)
     return found.flip(1).cummax(1).values.flip(1)
+
+
+def smoothed(measured: Tensor, errors: Tensor) -> Tensor:
+    """(units, bits) from the contributions at the first numbers of bits and the squared errors of weights at all."""
+    tiny, many = 1e-300, measured.shape[1]
+    matters = measured / errors[:, :many].clamp(min=tiny)
+    expected = errors * (matters / matters.mean(0).clamp(min=tiny)).mean(1, keepdim=True)
+    level = measured.sum(0) / expected[:, :many].sum(0).clamp(min=tiny)
+    return expected * torch.cat([level, level[-1:].expand(errors.shape[1] - many)])
 
 
 def price_of(linear: nn.Linear, config: QIGWeightOnlyConfig, bits: int) -> int:
