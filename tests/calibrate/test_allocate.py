@@ -164,11 +164,17 @@ def test_max_bytes() -> None:
     assert whole // 6 < kept + sum(w.nbytes_packed() for w in packed(model).values()) <= whole // 5 + 40 * 32 * len(packed(model))  # tiles of 16 rows
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2"])
-def test_families(family: str, tmp_path: Path) -> None:
-    """Logits of a transformers model; every linear's bits come back from the checkpoint."""
+WHOLE: dict[str, Any] = {"modules": ["vision_tower", "multi_modal_projector", "language_model"], "compensate": True}
+
+
+@pytest.mark.parametrize(("family", "settings"), [("llava_onevision", {}), ("qwen2", {}), ("llava_onevision", WHOLE)])
+def test_families(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Logits of a transformers model; every linear's bits come back from the checkpoint. The vision tower and the projector on request."""
     model, inputs = FAMILIES[family]()
-    quantize_(model, QUICK(budget=4.0, group_size=32, calib=[inputs]))
+    quantize_(model, QUICK(budget=4.0, group_size=16, calib=[inputs], **settings))
+    parts = {n.split(".")[1] for n in packed(model) if family != "qwen2"}
+    assert parts <= set(settings.get("modules", ["language_model"]))
+    assert not settings or "vision_tower" in parts
     logits = run(model, inputs)
     torchao_qig.save_pretrained(model, tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
