@@ -51,7 +51,8 @@ class PackedIntWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
 
 @dataclass
 class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
-    """Calibrate, then quantize: equalization scales under a loss that weighs every token by integrated gradients (QIG).
+    """Calibrate, then quantize: integers chosen by compensation of errors (the default), equalization scales under a loss that weighs
+    every token by integrated gradients (QIG: `sensitivity="qig", compensate=False`), or both.
 
     `quantize_(model, QIGWeightOnlyConfig(bits=3, calib=loader))`. Without `calib` weights are rounded to nearest, which is what
     loaders of saved checkpoints need.
