@@ -11,7 +11,6 @@ table. Differences are paired: the same questions, averaged over the seeds, pict
 from __future__ import annotations
 
 import argparse
-import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.timing import machine
+from benchmarks.timing import header, machine, store
 from recipes.evaluate import Answers, answer, batches, difference, scores
 from recipes.methods import BEYOND, METHODS, PAPERS, quantized
 from recipes.small_lvlm.data import FAMILIES, chosen
@@ -87,7 +86,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"`{result['command']}`, {result['date']}, {result['device']}, {result['threads']} threads, torch {result['torch']}.", ""]
     lines += [f"Full precision: accuracy {percent(full['accuracy'])} %, NLL {full['nll'][0]:.4f} per token.", ""]
     for setting, methods in result["settings"].items():
-        lines += [f"### {setting}", "", "| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+        lines += [f"### {setting}", "", *header(HEAD)]
         for method, r in methods.items():
             worst = min(FAMILIES, key=lambda family: r[family]["accuracy"][0])
             values = [
@@ -131,8 +130,7 @@ def main() -> None:
                 rows[method]["kl_less_qig"] = difference(found[method], found["qig"], "kl")
                 rows[method]["accuracy_less_qig"] = difference(found[method], found["qig"], "correct")
         result["settings"][setting] = rows
-        (HERE / "results" / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (HERE / "results" / f"{args.name}.md").write_text(markdown(result))
+        store(args.name, result, markdown(result))
 
 
 if __name__ == "__main__":

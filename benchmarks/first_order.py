@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 from torchao.quantization import quantize_
 
 from benchmarks.accuracy import SETTINGS
-from benchmarks.timing import machine
+from benchmarks.timing import header, machine, store
 from recipes.evaluate import answer, batches, scores
 from recipes.methods import METHODS, calibration_batches
 from recipes.small_lvlm.data import chosen
@@ -33,7 +31,6 @@ from torchao_qig.calibrate.compensate import damped
 from torchao_qig.calibrate.groups import join
 from torchao_qig.calibrate.rounding import Rounding
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = (0.0025, 0.005, 0.01, 0.02, 0.04)  # lengths tried, as part of the weights' own outputs
 
 
@@ -165,17 +162,17 @@ def main() -> None:
                 there = Live(full, data)
                 there.model = model
                 found = scores(answer(model.eval(), asked, reference, progress=False))["all"]
-                rows.append({"setting": setting, "first_order": first_order, "seed": seed, "seconds": seconds, "calibration_kl": there.average(), **found})
-                print(setting, "with" if first_order else "without", f"KL {found['kl'][0]:.4f}, on the calibration samples {there.average():.5f}", flush=True)
+                kl = there.average()
+                rows.append({"setting": setting, "first_order": first_order, "seed": seed, "seconds": seconds, "calibration_kl": kl, **found})
+                print(setting, "with" if first_order else "without", f"KL {found['kl'][0]:.4f}, on the calibration samples {kl:.5f}", flush=True)
     result = {**machine(), "rows": rows}
     lines = [f"`{result['command']}`, {result['date']}, {result['device']}, torch {result['torch']}.", ""]
-    lines += ["| setting | first-order term | seed | KL, validation | KL, calibration samples | accuracy % | s |", "| --- " * 7 + "|"]
+    lines += header(("setting", "first-order term", "seed", "KL, validation", "KL, calibration samples", "accuracy %", "s"))
     for r in rows:
         term = "yes" if r["first_order"] else "no"
         kl, accuracy = r["kl"][0], 100 * r["accuracy"][0]
         lines.append(f"| {r['setting']} | {term} | {r['seed']} | {kl:.4f} | {r['calibration_kl']:.5f} | {accuracy:.1f} | {r['seconds']:.0f} |")
-    (RESULTS / "first_order.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "first_order.md").write_text("\n".join(lines) + "\n")
+    store("first_order", result, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ rounded by the same method. Protocol and cache as in benchmarks/accuracy.py; wri
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,12 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy import Bench, averaged, percent, row
-from benchmarks.timing import machine
+from benchmarks.timing import RESULTS, header, machine, store
 from recipes.evaluate import difference, scores
 from recipes.methods import METHODS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def evenly(model: nn.Module, budget: float) -> int | dict[str, int]:
@@ -62,7 +59,7 @@ def drawn(result: dict[str, Any], path: Path) -> None:
 def markdown(result: dict[str, Any]) -> str:
     lines = [f"`{result['command']}`, {result['date']}, {result['device']}, torch {result['torch']}; method: {result['method']}.", ""]
     head = ("bits", "allocation", "accuracy %", "NLL", "KL to full precision", "KL of the seeds", "KL less uniform's at as many bits (paired)", "calibration s")
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += header(head)
     for r in result["rows"]:
         paired = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*r["kl_less_uniform"]) if "kl_less_uniform" in r else ""
         kl = "{:.4f} [{:.4f}, {:.4f}]".format(*r["all"]["kl"])
@@ -100,8 +97,7 @@ def main() -> None:
             print(f"{kind} {budget:g}: accuracy {percent(one['all']['accuracy'])} %, KL {one['all']['kl'][0]:.4f}, {one['seconds']:.0f} s", flush=True)
     if ("auto", 3.0) in found and ("uniform", 3.25) in found:
         result["auto 3 less uniform 3.25"] = difference(found["auto", 3.0], found["uniform", 3.25], "kl")
-    (RESULTS / "pareto.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "pareto.md").write_text(markdown(result))
+    store("pareto", result, markdown(result))
     drawn(result, RESULTS / "pareto.png")
 
 

@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from torchao.quantization import quantize_
 
 from benchmarks.accuracy import SETTINGS, percent
-from benchmarks.timing import machine
+from benchmarks.timing import header, machine, store
 from recipes.evaluate import answer, batches, scores
 from recipes.methods import METHODS, calibration_batches
 from recipes.small_lvlm.data import chosen
 from recipes.small_lvlm.model import load
 from torchao_qig import PackedIntWeightOnlyConfig
 
-RESULTS = Path(__file__).parent / "results"
 DECODER = "model.language_model.layers."
 Batches = list[dict[str, Tensor]]
 
@@ -153,7 +152,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"`{result['command']}`, {result['date']}, {result['device']}, " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".", ""]
     head = ("tool", "accuracy %", "NLL", "KL to full precision", "seconds", "MB of memory above the model")
     for setting in dict.fromkeys(r["setting"] for r in result["rows"]):
-        lines += [f"### {setting}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        lines += [f"### {setting}", "", *header(head)]
         for r in (r for r in result["rows"] if r["setting"] == setting):
             if "error" in r:
                 lines.append(f"| {r['tool']} | {r['error']} | | | | |")
@@ -191,8 +190,7 @@ def main() -> None:
             result["rows"].append(found)
             shown = f"KL {found['all']['kl'][0]:.4f}, {found['seconds']:.0f} s" if "all" in found else found["error"]
             print(f"{setting} {tool}: {shown}", flush=True)
-            (RESULTS / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
-            (RESULTS / "peers.md").write_text(markdown(result))
+            store("peers", result, markdown(result))
 
 
 if __name__ == "__main__":

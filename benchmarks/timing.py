@@ -5,7 +5,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,22 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def write(name: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """results/<name>.json and .md, both with the command that made them."""
+def header(columns: Sequence[str]) -> list[str]:
+    """The two lines that open a Markdown table."""
+    return ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+
+
+def store(name: str, result: dict[str, Any], markdown: str) -> None:
+    """results/<name>.json and .md."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(markdown)
+
+
+def write(name: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Rows as they are, with the command that made them."""
     columns = list(rows[0])
     table = [columns, ["---"] * len(columns), *[[str(row.get(c, "")) for c in columns] for row in rows]]
     head = "\n".join(f"- {key}: {value}" for key, value in about.items())
     body = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
-    (RESULTS / f"{name}.md").write_text(f"# {name}\n\n{head}\n\n{body}\n")
+    store(name, {**about, "rows": rows}, f"# {name}\n\n{head}\n\n{body}\n")

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.accuracy import SETTINGS
-from benchmarks.timing import machine
+from benchmarks.timing import RESULTS, machine
 from recipes.methods import METHODS, calibration_batches
 from recipes.small_lvlm.model import load
 from torchao_qig import Calibration, calibrate
 
-RESULTS = Path(__file__).parent / "results"
 COMPARED = {"awq": {}, "mbq": {}, "qig-paper": {}, "qig": {}, "qig, squared error": {"loss": "mse"}, "awq, absolute error": {"loss": "mae"}}
 
 

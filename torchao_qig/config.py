@@ -167,10 +167,9 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
             raise ValueError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
 
     def _check_bits(self) -> None:
-        chosen = self.bits.values() if isinstance(self.bits, dict) else [BITS_OF_AUTO if self.bits == "auto" else self.bits]
-        for bits in chosen:
-            if bits != FULL or not isinstance(self.bits, dict):
-                check_grid(bits, self.group_size, self.symmetric)
+        several = [b for b in self.bits.values() if b != FULL] if isinstance(self.bits, dict) else None
+        for bits in [BITS_OF_AUTO if self.bits == "auto" else self.bits] if several is None else several:
+            check_grid(bits, self.group_size, self.symmetric)
         _check_count("max_bytes", self.max_bytes, 1, True)
         if self.budget is not None:
             _check_number("budget", self.budget, 2, FULL)

@@ -69,7 +69,7 @@ class Run:
         self.model, self.config, self.linears = model, config, linears
         self.found = Calibration(settings=config.public())
         self.started = time.perf_counter()
-        self.folds = Folds(model) if config.fold else None
+        self.folds = Folds(model) if config.fold and config.sensitivity is not None else None  # no scales, nothing to fold
         self.ran: set[str] = set()  # linears that took part
         self.searched = 0  # groups so far
         self.distortion: Distortion | None = None
@@ -228,8 +228,7 @@ class Run:
         mine = {n: self.linears[join(name, n)] for n in linears_in(module) if join(name, n) in plan.linears}
         rounders = {n: rounder(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()}
         block = Block(module, rounders, stream, self.config, self._compute_dtype(stream.device), self.steps)
-        sample = SmallRun(stream) if mine else None
-        finder = self.folds.finder(module, block.exact, sample, block.device, list(mine)) if sample and self.folds else None
+        finder = self.folds.finder(module, block.exact, SmallRun(stream), block.device, list(mine)) if mine and self.folds else None
         block.observe()
         self.ran |= {join(name, n) for w in block.works for n in w.group.linears}
         if block.odd:
