@@ -44,6 +44,7 @@ ORDER = [
     "tensor.ops",
     "tensor.products",
     "tensor.packed",
+    "tensor.int8",
     "tensor.linear",
     "tensor.lowering",
     "tensor.packing",

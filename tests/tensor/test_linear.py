@@ -222,3 +222,24 @@ def test_operator_keeps_torch_library_rules(dtype: torch.dtype) -> None:
     w = packed(dtype=dtype)
     x = torch.randn(3, 256, dtype=dtype, requires_grad=True)
     torch.library.opcheck(torch.ops.torchao_qig.linear.default, (x, w.qdata, w.scale, w.zero_point, None, 64, 64, 256, True, KERNELS))
+
+
+def test_code_compiled_by_another_version_is_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's cache on disk knows a weight by the version of the kernels, too."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    from torchao_qig.tensor import linear
+
+    def misses() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        with torch.no_grad():
+            torch.compile(lambda x: F.linear(x, w), fullgraph=True)(x)
+        return int(counters["aot_autograd"]["autograd_cache_miss"])
+
+    w, x = packed(), torch.randn(2, 256)
+    with fresh_cache():
+        assert [misses(), misses()] == [1, 0]
+        monkeypatch.setattr(linear, "KERNELS", linear.KERNELS + 1)
+        assert misses() == 1

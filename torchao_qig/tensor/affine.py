@@ -11,6 +11,8 @@ grid of 2**bits points, `(code - zero) * scale` for code = 0 .. 2**bits - 1, so 
 All arithmetic is float32 (float64 for float64 weights), whatever the dtype of the weight; `scale` is rounded to its
 storage dtype *before* the codes are chosen, so the codes are the best ones for the scale that is stored.
 Rounding is half to even. Shapes: w (..., N, K), scale and zero (..., N, K / group_size), codes like w, in uint8.
+
+Activations (`quantize_rows`): every token, a vector along the last dimension, has a symmetric grid of -127 .. 127 times its scale.
 """
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 OFFICIAL_FLOOR = 1e-5  # the published code's smallest range of a group
 CHUNK = 2**17  # weights that `fake_quantize` works on at a time
+ROW_LEVELS = 127  # of an activation's grid, on each side of zero
 
 
 def check_grid(bits: int, group_size: int, symmetric: bool = False) -> None:
@@ -122,6 +125,25 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtyp
 def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
     """The grid point nearest to every weight, in w's dtype."""
     return dequantize(quantize(w, scale, zero, bits, group_size), scale, zero, group_size, w.dtype)
+
+
+def quantize_rows(x: Tensor, official: bool = False) -> tuple[Tensor, Tensor]:
+    """The int8 codes of activations, and the scale (..., 1) of every token in at least float32.
+
+    A token that holds NaN or infinity gets zeros and a scale that is neither finite: it comes back as NaN.
+    """
+    v = x.to(_compute_dtype(x.dtype))
+    floor = OFFICIAL_FLOOR if official else ROW_LEVELS * torch.finfo(v.dtype).tiny
+    scale = v.abs().amax(-1, keepdim=True).clamp(min=floor) / ROW_LEVELS
+    codes = torch.round(v / scale)
+    return torch.where(scale.isfinite(), codes, 0.0).to(torch.int8), scale
+
+
+def fake_quantize_rows(x: Tensor, columns: Tensor | None = None, official: bool = False) -> Tensor:
+    """Activations as an integer product sees them, in their own dtype; with `columns` (K,), quantized over these."""
+    codes, scale = quantize_rows(x if columns is None else x / columns, official)
+    values = codes.to(scale.dtype) * scale
+    return (values if columns is None else values * columns).to(x.dtype)
 
 
 def fake_quantize(

@@ -22,8 +22,8 @@ from torch import Tensor
 from torchao_qig.tensor import affine, packing
 
 DECODE_ROWS = 64  # up to here the decode form is faster than dequantizing (benchmarks/kernels.py)
-# An argument of the operator, so that compiled code cached by another version of the lowering is never reused.
-KERNELS = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("lowering.py", "packing.py")))
+# An argument of the operators, and part of what compilers' caches know a weight by: code that another version made is never reused.
+KERNELS = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 
 def dequantize(qdata: Tensor, scale: Tensor, zero: Tensor, group_size: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -52,7 +52,7 @@ def packed_linear(
 
 
 @lru_cache
-def _register_lowering() -> None:
+def register_lowerings() -> None:
     from torchao_qig.tensor import lowering
 
     try:
@@ -63,7 +63,7 @@ def _register_lowering() -> None:
 
 @packed_linear.register_fake
 def _(x, qdata, scale, zero, bias, group_size, rows, columns, decode, kernels):  # type: ignore[no-untyped-def]
-    _register_lowering()  # whoever traces may compile next
+    register_lowerings()  # whoever traces may compile next
     return x.new_empty(x.shape[0], rows)
 
 
@@ -87,10 +87,10 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("torchao_qig::linear", _backward, setup_context=_setup_context)
 
 
-def use_decode(rows: int | torch.SymInt) -> bool:
-    """Whether the decode form serves this many rows; guards on a symbolic number, except in export, which must not specialise."""
+def use_decode(rows: int | torch.SymInt, most: int = DECODE_ROWS) -> bool:
+    """Whether the decode form, good for `most` rows, serves this many; guards on a symbolic number, except in export, which must not specialise."""
     if isinstance(rows, torch.SymInt) and torch.compiler.is_exporting():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return statically_known_true(rows <= DECODE_ROWS)
-    return bool(rows <= DECODE_ROWS)
+        return statically_known_true(rows <= most)
+    return bool(rows <= most)

@@ -1,4 +1,4 @@
-"""How Inductor turns `torchao_qig::linear` into kernels: the operator's lowering, written in Inductor's own loop IR.
+"""How Inductor turns our operators into kernels: the lowerings of `linear` and `int8_linear`, written in Inductor's own loop IR.
 
 Why not plain torch ops: Inductor cuts an expression of this size into pieces (its realize thresholds) and, on the CPU,
 does not contract multiply-add; both are global options that a library must not set. A lowering says the loop as it
@@ -11,9 +11,12 @@ separate reductions of the same loop nest, which the scheduler fuses.
 
 Prefill. The weight is dequantized, transposed (columns, rows), by one loop with 32 stores, then multiplied by the matmul
 library; large weights in slices of rows.
+
+With int8 activations both are the same but for what is added up: in decode, sums of one turn (exact in float32) as int32; in
+prefill, int8 codes for the integer matmul. Scales and bias come last, fused with what follows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +28,7 @@ ROWS = 4  # rows of x per decode loop: more save little unpacking and cost compi
 STEP = 2  # units per turn of the decode loop, for one row of x; more rows fill the turn by themselves
 SHORT = 16  # units up to which rows do not share: the C++ compiler unrolls so short a loop whole, four times over
 CHAINS = 2  # independent sums per unit, to hide the latency of multiply-add
+AT_ONCE = 8  # groups whose integer products are scaled and added up in one loop
 SLICE_BYTES = 2**25  # of dequantized weight at a time: larger blocks come fresh from the system, page by page, on every call
 
 
@@ -63,11 +67,8 @@ def register() -> None:
         """a * b + c, in one instruction where this torch can say so."""
         return ops.fma(a, b, c) if hasattr(OpsHandler, "fma") else ops.add(ops.mul(a, b), c)
 
-    def code(words: Mapping[int, Any], parts: tuple[Part, ...], in_place: bool) -> Any:
-        """A code as float: exact, or times 2**at where it is masked in place."""
-        if in_place and _in_place(parts):
-            (p,) = parts
-            return ops.to_dtype(ops.bitwise_and(words[p.word], ops.constant(((1 << p.width) - 1) << p.at, torch.int32)), torch.float32)
+    def code(words: Mapping[int, Any], parts: tuple[Part, ...]) -> Any:
+        """A code as int32."""
         value = None
         for p in parts:
             piece = words[p.word]
@@ -77,7 +78,14 @@ def register() -> None:
                 piece = ops.bitwise_left_shift(piece, ops.constant(p.to - p.at, torch.int32))
             piece = ops.bitwise_and(piece, ops.constant(((1 << p.width) - 1) << p.to, torch.int32))
             value = piece if value is None else ops.bitwise_or(value, piece)
-        return ops.to_dtype(value, torch.float32)
+        return value
+
+    def code_in_place(words: Mapping[int, Any], parts: tuple[Part, ...]) -> Any:
+        """A code as float, times 2**at where it need not be moved."""
+        if not _in_place(parts):
+            return as_float(code(words, parts))
+        (p,) = parts
+        return as_float(ops.bitwise_and(words[p.word], ops.constant(((1 << p.width) - 1) << p.at, torch.int32)))
 
     def as_float(value: Any) -> Any:
         return ops.to_dtype(value, torch.float32)
@@ -92,16 +100,17 @@ def register() -> None:
     def pointwise(x: Any, dtype: torch.dtype, ranges: Sequence[Any], inner: Callable[[Any], Any]) -> Any:
         return ir.Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=inner, ranges=list(ranges))
 
-    def total(x: Any, ranges: Sequence[Any], length: Any, inner: Callable[[Any, Any], Any]) -> Any:
+    def total(x: Any, ranges: Sequence[Any], length: Any, inner: Callable[[Any, Any], Any], dtype: torch.dtype = torch.float32) -> Any:
         result = ir.Reduction.create(
-            device=x.get_device(), dst_dtype=torch.float32, src_dtype=torch.float32, inner_fn=inner,
+            device=x.get_device(), dst_dtype=dtype, src_dtype=dtype, inner_fn=inner,
             ranges=list(ranges), reduction_ranges=[length], reduction_type="sum",
         )  # fmt: skip
         result.realize()
         return result
 
-    def decode(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int) -> Any:
-        """(M, units * 32) times the weight transposed: (M, tiles * 16)."""
+    def decode(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int, dtype: torch.dtype) -> Any:
+        """(M, units * 32) times the weight transposed: (M, tiles * 16) in `dtype`; for int32 without the scale."""
+        exact = dtype == torch.int32
         bits, tiles, units, _ = (int(n) for n in qdata.get_size())
         m = x.get_size()[0]
         shared = 1 if units <= SHORT else min(int(m), ROWS) if m.is_number else ROWS
@@ -128,53 +137,120 @@ def register() -> None:
                     chains: list[Any] = [None] * CHAINS
                     for column in range(start, start + span):
                         u, j = divmod(column, UNIT)
-                        value, factor = code(words[u], fields(bits)[j], in_place=True), scaled_at([row, first + u, j])
+                        value, factor = code_in_place(words[u], fields(bits)[j]), scaled_at([row, first + u, j])
                         chain = chains[j % CHAINS]
                         chains[j % CHAINS] = ops.mul(value, factor) if chain is None else multiply_add(value, factor, chain)
                     at = [group_of(first, start, group_size), tile * TILE + lane]
                     block_sum = sums_at([row, FloorDiv(first * UNIT + start, span)])
                     shifted = multiply_add(as_float(zero_at(at)), block_sum, ops.add(*chains))
-                    part = ops.mul(shifted, as_float(scale_at(at)))
+                    part = ops.to_dtype(shifted, torch.int32) if exact else ops.mul(shifted, as_float(scale_at(at)))
                     result = part if result is None else ops.add(result, part)
                 return result
 
-            return total(x, [blocks, tiles, TILE], units // step, inner)
+            return total(x, [blocks, tiles, TILE], units // step, inner, torch.int32 if exact else torch.float32)
 
-        rows = [lowerings[torch.ops.prims.convert_element_type.default](row_sum(r), x.get_dtype()) for r in range(shared)]
+        rows = [lowerings[torch.ops.prims.convert_element_type.default](row_sum(r), dtype) for r in range(shared)]
         y = lowerings[aten.cat.default](rows, 0) if len(rows) > 1 else rows[0]
         y = lowerings[aten.view.default](y, [blocks * shared, tiles * TILE])
         return lowerings[aten.slice.Tensor](y, 0, 0, m)
 
-    def prefill(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int) -> Any:
-        """The same product with the weight dequantized first, a slice of its rows at a time."""
+    def unpacked(qdata: Any, dtype: torch.dtype, value: Callable[[Any, Any, int, Any], Any]) -> Iterator[tuple[int, Any]]:
+        """The weight transposed, a slice of its rows at a time, and each slice's first row; `value(code, unit, column, row)` of an element."""
         bits, tiles, units, _ = (int(n) for n in qdata.get_size())
-        word_at, scale_at, zero_at = qdata.make_loader(), scale.make_loader(), zero.make_loader()
+        word_at = qdata.make_loader()
 
         def column(j: int, first: int, count: int) -> Any:
             def inner(index: Any) -> Any:
                 unit, _, tile, lane = index
                 words = {p.word: word_at([p.word, first + tile, unit, lane]) for p in fields(bits)[j]}
-                at = [group_of(unit, j, group_size), (first + tile) * TILE + lane]
-                value = ops.mul(ops.sub(code(words, fields(bits)[j], in_place=False), as_float(zero_at(at))), as_float(scale_at(at)))
-                return ops.to_dtype(value, x.get_dtype())
+                return ops.to_dtype(value(code(words, fields(bits)[j]), unit, j, (first + tile) * TILE + lane), dtype)
 
-            return pointwise(x, x.get_dtype(), [units, 1, count, TILE], inner)
+            return pointwise(qdata, dtype, [units, 1, count, TILE], inner)
 
-        slices = -(-tiles * TILE * units * UNIT * x.get_dtype().itemsize // SLICE_BYTES)
-        step = -(-tiles // slices)
-        products = []
+        step = -(-tiles // -(-tiles * TILE * units * UNIT * dtype.itemsize // SLICE_BYTES))
         for first in range(0, tiles, step):
             count = min(step, tiles - first)
-            weight = lowerings[aten.cat.default]([column(j, first, count) for j in range(UNIT)], 1)
-            weight = lowerings[aten.view.default](weight, [units * UNIT, count * TILE])
-            products.append(lowerings[aten.mm.default](x, weight))
+            weight = ir.TensorBox(ir.ConcatKernel.create([column(j, first, count) for j in range(UNIT)], 1))  # aten.cat copies int8
+            yield first * TILE, lowerings[aten.view.default](weight, [units * UNIT, count * TILE])
+
+    def prefill(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int) -> Any:
+        """The same product with the weight dequantized first."""
+        scale_at, zero_at = scale.make_loader(), zero.make_loader()
+
+        def value(code: Any, unit: Any, column: int, row: Any) -> Any:
+            at = [group_of(unit, column, group_size), row]
+            return ops.mul(ops.sub(as_float(code), as_float(zero_at(at))), as_float(scale_at(at)))
+
+        products = [lowerings[aten.mm.default](x, weight) for _, weight in unpacked(qdata, x.get_dtype(), value)]
         return lowerings[aten.cat.default](products, 1) if len(products) > 1 else products[0]
+
+    def integer_prefill(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int) -> Any:
+        """The same with integer codes, (M, tiles * 16): int32 without the scale for one group per row, else float32."""
+        scale_at, zero_at = scale.make_loader(), zero.make_loader()
+        columns = int(qdata.get_size()[-2]) * UNIT
+
+        def value(code: Any, unit: Any, column: int, row: Any) -> Any:
+            return ops.sub(code, ops.to_dtype(zero_at([group_of(unit, column, group_size), row]), torch.int32))
+
+        def of_group(weight: Any, start: int) -> Any:
+            ends = start, min(start + group_size, columns)
+            return lowerings[aten._int_mm.default](*(lowerings[aten.slice.Tensor](t, dim, *ends) for t, dim in ((x, 1), (weight, 0))))
+
+        def scaled(products: list[Any], group: int, row: int, before: Any) -> Any:
+            loaders = [p.make_loader() for p in products]
+            before_at = None if before is None else before.make_loader()
+
+            def inner(index: Any) -> Any:
+                n = index[1]
+                result = None if before_at is None else before_at(index)
+                for i, at in enumerate(loaders):
+                    part = ops.mul(as_float(at(index)), as_float(scale_at([group + i, row + n])))
+                    result = part if result is None else ops.add(result, part)
+                return result
+
+            return pointwise(x, torch.float32, products[0].get_size(), inner)
+
+        slices = []
+        for row, weight in unpacked(qdata, torch.int8, value):
+            if group_size == -1:
+                slices.append(lowerings[aten._int_mm.default](x, weight))
+                continue
+            sums, starts = None, range(0, columns, group_size)
+            for group in range(0, len(starts), AT_ONCE):
+                sums = scaled([of_group(weight, start) for start in starts[group : group + AT_ONCE]], group, row, sums)
+                sums.realize()
+            slices.append(sums)
+        return lowerings[aten.cat.default](slices, 1) if len(slices) > 1 else slices[0]
+
+    def padded(x: Any, qdata: Any, columns: int) -> Any:
+        missing = int(qdata.get_size()[-2]) * UNIT - columns
+        return lowerings[aten.constant_pad_nd.default](x, [0, missing], 0) if missing else x
 
     @register_lowering(torch.ops.torchao_qig.linear.default, type_promotion_kind=None)
     def linear(x, qdata, scale, zero, bias, group_size, rows, columns, use_decode, kernels):  # type: ignore[no-untyped-def]
-        columns_padded = int(qdata.get_size()[-2]) * UNIT
-        if columns_padded != columns:
-            x = lowerings[aten.constant_pad_nd.default](x, [0, columns_padded - columns], 0.0)
-        y = (decode if use_decode else prefill)(x, qdata, scale, zero, group_size)
+        x = padded(x, qdata, columns)
+        y = decode(x, qdata, scale, zero, group_size, x.get_dtype()) if use_decode else prefill(x, qdata, scale, zero, group_size)
         y = lowerings[aten.slice.Tensor](y, 1, 0, rows)
         return y if bias is None else lowerings[aten.add.Tensor](y, bias)
+
+    @register_lowering(torch.ops.torchao_qig.int8_linear.default, type_promotion_kind=None)
+    def int8_linear(x, codes, x_scale, qdata, scale, zero, bias, group_size, rows, columns, use_decode, kernels):  # type: ignore[no-untyped-def]
+        codes, whole_rows = padded(codes, qdata, columns), group_size == -1
+        if use_decode:
+            y = decode(codes, qdata, scale, zero, group_size, torch.int32 if whole_rows else torch.float32)
+        else:
+            y = integer_prefill(codes, qdata, scale, zero, group_size)
+        y_at, x_scale_at, scale_at = y.make_loader(), x_scale.make_loader(), scale.make_loader()
+        bias_at = None if bias is None else bias.make_loader()
+        wide = x_scale.get_dtype()
+
+        def inner(index: Any) -> Any:
+            m, n = index
+            value = ops.to_dtype(y_at(index), wide)
+            if whole_rows:
+                value = ops.mul(value, ops.to_dtype(scale_at([0, n]), wide))
+            value = ops.mul(value, x_scale_at([m, 0]))
+            value = value if bias_at is None else ops.add(value, ops.to_dtype(bias_at([n]), wide))
+            return ops.to_dtype(value, x.get_dtype())
+
+        return pointwise(x, x.get_dtype(), [x.get_size()[0], rows], inner)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from torchao_qig.tensor import packing
-from torchao_qig.tensor.packed import PackedIntTensor
+from torchao_qig.tensor.packed import FLAGS, PackedIntTensor
 
 aten = torch.ops.aten
 implements = PackedIntTensor.implements
@@ -168,7 +168,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
     if not all(isinstance(t, PackedIntTensor) for t in tensors):
         raise ValueError("cat: packed weights can only be joined with packed weights; dequantize() first")
     first = tensors[0]
-    _alike(tensors, ("bits", "group_size", "transposed", "dtype"), "cat")
+    _alike(tensors, ("bits", "group_size", *FLAGS, "dtype"), "cat")
     where = _stored_dim(first, dim)
     names = ("qdata", "scale", "zero_point")
     if isinstance(where, int):
@@ -196,7 +196,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
     tensors, dim = (*args, *kwargs.values(), 0)[:2]
     if not all(isinstance(t, PackedIntTensor) for t in tensors) or not 0 <= dim <= tensors[0].dim() - 2:
         raise ValueError(f"stack: packed weights can be stacked with each other in front of rows and columns; got dim={dim}")
-    _alike(tensors, ("bits", "group_size", "transposed", "dtype", "shape"), "stack")
+    _alike(tensors, ("bits", "group_size", *FLAGS, "dtype", "shape"), "stack")
     joined = {name: torch.stack([getattr(t, name) for t in tensors], dim) for name in ("qdata", "scale", "zero_point")}
     return tensors[0].with_data(_same, **joined, act_pre_scale=_common(tensors, "act_pre_scale", "stack"))
 
@@ -230,7 +230,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
     w, source = args[:2]
     if not isinstance(source, PackedIntTensor):
         raise ValueError("copy_: cannot copy a float tensor into a packed weight; quantize it first, or load with assign=True")
-    for name in (*w.tensor_attribute_names, "transposed", "shape"):
+    for name in (*w.tensor_attribute_names, *FLAGS, "shape"):
         if getattr(w, name) != getattr(source, name):
             raise ValueError(f"copy_: {name} differs: {getattr(w, name)} here, {getattr(source, name)} in the source")
     if (w.act_pre_scale is None) != (source.act_pre_scale is None):

@@ -20,6 +20,7 @@ from torchao.utils import TorchAOBaseTensor
 from torchao_qig.tensor import affine, linear, packing
 
 DATA = ("qdata", "scale", "zero_point")
+FLAGS = ("transposed", "int8_activations")
 
 
 class PackedIntTensor(TorchAOBaseTensor):
@@ -33,6 +34,8 @@ class PackedIntTensor(TorchAOBaseTensor):
         bits, group_size (-1: one group per row), rows, columns: the grid and the dense shape.
     Optional:
         act_pre_scale: multiplies the activation along its last dimension.
+        int8_activations: whether linears round their input to int8, token by token, and multiply integers; the zero point then has
+            to leave 8 bits for code - zero.
         transposed: whether this is the (columns, rows) view.
         layout_version: version of the packing, checked on construction.
         checksum: only in files; see `_checksum`.
@@ -41,7 +44,7 @@ class PackedIntTensor(TorchAOBaseTensor):
     tensor_data_names: ClassVar[list[str]] = list(DATA)
     tensor_attribute_names: ClassVar[list[str]] = ["bits", "group_size", "rows", "columns"]
     optional_tensor_data_names: ClassVar[list[str]] = ["act_pre_scale"]
-    optional_tensor_attribute_names: ClassVar[list[str]] = ["transposed", "layout_version", "checksum"]
+    optional_tensor_attribute_names: ClassVar[list[str]] = ["transposed", "int8_activations", "layout_version", "checksum"]
 
     def __new__(
         cls,
@@ -54,6 +57,7 @@ class PackedIntTensor(TorchAOBaseTensor):
         columns: int,
         act_pre_scale: Tensor | None = None,
         transposed: bool = False,
+        int8_activations: bool = False,
         layout_version: int = packing.LAYOUT,
         checksum: int | None = None,
     ) -> "PackedIntTensor":
@@ -72,19 +76,28 @@ class PackedIntTensor(TorchAOBaseTensor):
         columns: int,
         act_pre_scale: Tensor | None = None,
         transposed: bool = False,
+        int8_activations: bool = False,
         layout_version: int = packing.LAYOUT,
         checksum: int | None = None,
     ) -> None:
         super().__init__()
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
-        self.bits, self.group_size, self.rows, self.columns, self.transposed = bits, group_size, rows, columns, transposed
+        self.bits, self.group_size, self.rows, self.columns = bits, group_size, rows, columns
+        self.transposed, self.int8_activations = transposed, int8_activations
         self._check(layout_version)
         if checksum is not None:
             self._verify(checksum)
 
     @classmethod
     def from_hp(
-        cls, weight: Tensor, bits: int, group_size: int = 128, symmetric: bool = False, dtype: torch.dtype | None = None, official: bool = False
+        cls,
+        weight: Tensor,
+        bits: int,
+        group_size: int = 128,
+        symmetric: bool = False,
+        dtype: torch.dtype | None = None,
+        official: bool = False,
+        int8_activations: bool = False,
     ) -> "PackedIntTensor":
         """Round a dense weight (..., rows, columns) to nearest; `dtype` is that of the result (by default the weight's)."""
         affine.check_grid(bits, group_size, symmetric)
@@ -95,14 +108,16 @@ class PackedIntTensor(TorchAOBaseTensor):
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError("the weight contains NaN or infinity; repair or exclude this layer")
         scale, zero = affine.choose_qparams(weight, bits, group_size, symmetric, official, dtype)
-        return cls.from_codes(affine.quantize(weight, scale, zero, bits, group_size), scale, zero, bits, group_size)
+        return cls.from_codes(affine.quantize(weight, scale, zero, bits, group_size), scale, zero, bits, group_size, int8_activations)
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> "PackedIntTensor":
+    def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, int8_activations: bool = False) -> "PackedIntTensor":
         """Pack codes (..., rows, columns) chosen elsewhere, with scale and zero (..., rows, groups)."""
+        if int8_activations and bits == 8 and not zero.is_meta and bool((zero != 128).any()):
+            raise ValueError("int8_activations=True: 8-bit weights must be symmetric, since code - zero has to fit 8 bits; pass symmetric=True")
         rows, columns = codes.shape[-2:]
         stored_scale, stored_zero = (packing.pack_groups(t, group_size, columns) for t in (scale, zero.to(torch.uint8)))
-        return cls(packing.pack(codes, bits), stored_scale, stored_zero, bits, group_size, rows, columns)
+        return cls(packing.pack(codes, bits), stored_scale, stored_zero, bits, group_size, rows, columns, int8_activations=int8_activations)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (act_pre_scale is not applied: it belongs to the activation)."""
@@ -159,7 +174,7 @@ class PackedIntTensor(TorchAOBaseTensor):
 
     def with_data(self, fn: Callable[[Tensor], Tensor], **changes: Any) -> "PackedIntTensor":
         """The same tensor with `fn` applied to its data, and with some attributes replaced."""
-        kept: dict[str, Any] = {name: changes.get(name, getattr(self, name)) for name in (*self.tensor_attribute_names, "transposed")}
+        kept: dict[str, Any] = {name: changes.get(name, getattr(self, name)) for name in (*self.tensor_attribute_names, *FLAGS)}
         data: dict[str, Any] = {name: changes.get(name, getattr(self, name)) for name in (*DATA, "act_pre_scale")}
         with torch.inference_mode(False):  # a view made in inference mode must not be an inference tensor (pytorch#164872)
             data = {name: None if t is None else fn(t) for name, t in data.items()}
@@ -175,7 +190,7 @@ class PackedIntTensor(TorchAOBaseTensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         names = [*DATA] if self.act_pre_scale is None else [*DATA, "act_pre_scale"]
-        return names, {name: getattr(self, name) for name in (*self.tensor_attribute_names, "transposed")}
+        return names, {name: getattr(self, name) for name in (*self.tensor_attribute_names, *FLAGS)}
 
     @classmethod
     def __tensor_unflatten__(cls, data: dict[str, Tensor], attributes: dict[str, Any], size: Any, stride: Any) -> "PackedIntTensor":
@@ -184,7 +199,7 @@ class PackedIntTensor(TorchAOBaseTensor):
     def _stable_hash_for_caching(self) -> str:
         """What AOTAutograd's cache may know this tensor by: all that compiled code depends on."""
         data = [(t.dtype, tuple(t.shape), t.stride(), t.device) for t in self.data_tensors()]
-        return repr((type(self).__qualname__, self.__tensor_flatten__(), data))
+        return repr((type(self).__qualname__, self.__tensor_flatten__(), data, linear.KERNELS))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layout_version": packing.LAYOUT, "checksum": self.checksum}
@@ -198,11 +213,12 @@ class PackedIntTensor(TorchAOBaseTensor):
             self._verify(checksum)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
+        activations = ", int8 activations" if self.int8_activations else ""
         group = "per row" if self.group_size == -1 else f"group {self.group_size}"
         scaled = "" if self.act_pre_scale is None else ", act_pre_scale"
         bits_per_weight = 8 * self.nbytes_packed() / math.prod(self.shape)
         return (
-            f"PackedIntTensor({self.bits} bits, {group}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{scaled},"
+            f"PackedIntTensor({self.bits} bits, {group}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{scaled}{activations},"
             f" {self.nbytes_packed():,} bytes = {bits_per_weight:.2f} bits per weight)"
         )
 

@@ -1,11 +1,14 @@
-"""Products with a `PackedIntTensor`: `F.linear` and the matmuls that mean the same. Importing this registers them."""
+"""Products with a `PackedIntTensor`: `F.linear` and the matmuls that mean the same. Importing this registers them.
+
+Only these round activations to int8 where the weight asks for that; other products use the weight that it stands for.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchao_qig.tensor import linear
+from torchao_qig.tensor import int8, linear
 from torchao_qig.tensor.packed import PackedIntTensor
 
 aten = torch.ops.aten
@@ -25,6 +28,8 @@ def apply_linear(x: Tensor, w: PackedIntTensor, bias: Tensor | None = None) -> T
         x = x * w.act_pre_scale.to(x.dtype)
     flat = x.reshape(-1, w.columns)
     bias = None if bias is None else bias.to(x.dtype)
+    if w.int8_activations:
+        return int8.apply(flat, w.qdata, w.scale, w.zero_point, bias, w.group_size, w.rows, w.columns).reshape(*x.shape[:-1], w.rows)
     decode = linear.use_decode(flat.shape[0])
     y = torch.ops.torchao_qig.linear(flat, w.qdata, w.scale, w.zero_point, bias, w.group_size, w.rows, w.columns, decode, linear.KERNELS)
     return y.reshape(*x.shape[:-1], w.rows)

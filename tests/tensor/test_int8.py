@@ -1,0 +1,261 @@
+"""Integer products: exact in eager and compiled, for every grid; what rounding activations does to odd ones."""
+
+import copy
+import io
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from tests.strategies import DTYPES, Case, cases
+from torchao_qig import PackedIntTensor
+from torchao_qig.tensor import affine
+from torchao_qig.tensor.int8 import DECODE_ROWS
+from torchao_qig.tensor.linear import KERNELS
+
+ODD = [float("nan"), float("inf"), float("-inf")]
+
+
+def packed(rows: int = 64, columns: int = 256, bits: int = 4, group_size: int = -1, dtype: torch.dtype = torch.float32) -> PackedIntTensor:
+    return PackedIntTensor.from_hp(torch.randn(rows, columns), bits, group_size, symmetric=True, dtype=dtype, int8_activations=True)
+
+
+def integers(bits: int, rows: int, columns: int, group_size: int, symmetric: bool, seed: int, extreme: bool) -> tuple[PackedIntTensor, Tensor]:
+    """A weight with scale 1, and the integers that it stands for."""
+    g = torch.Generator().manual_seed(seed)
+    width = columns if group_size == -1 else group_size
+    low, high = (1 if symmetric else 0), 2**bits - 1
+    codes = torch.randint(low, high + 1, (rows, columns), dtype=torch.uint8, generator=g)
+    if extreme:
+        codes = torch.where(codes > high // 2, high, low).to(torch.uint8)
+    zero = torch.randint(0, high + 1, (rows, columns // width), dtype=torch.uint8, generator=g)
+    zero = torch.full_like(zero, 2 ** (bits - 1)) if symmetric else zero
+    weight = PackedIntTensor.from_codes(codes, torch.ones(zero.shape), zero, bits, group_size, int8_activations=True)
+    return weight, codes.long() - zero.long().repeat_interleave(width, 1)
+
+
+def product(codes: Tensor, w: PackedIntTensor, decode: bool = False) -> Tensor:
+    """The operator on given codes with scales of 1: nothing but the integers, in float64, which holds them all."""
+    ones = torch.ones(len(codes), 1, dtype=torch.float64)
+    x = torch.empty(codes.shape, dtype=torch.float64)
+    return torch.ops.torchao_qig.int8_linear(x, codes, ones, w.qdata, w.scale, w.zero_point, None, w.group_size, w.rows, w.columns, decode, KERNELS)
+
+
+@given(
+    st.integers(2, 8), st.sampled_from([1, 16, 33]), st.sampled_from([(16, -1), (16, 16), (48, 16), (100, -1), (256, 64), (240, 80)]),
+    st.integers(0, 20), st.booleans(), st.integers(0, 2**31), st.booleans(),
+)  # fmt: skip
+def test_result_is_the_exact_integer_product(bits: int, rows: int, shape: tuple[int, int], m: int, symmetric: bool, seed: int, extreme: bool) -> None:
+    """Against 64-bit integers, for every bits, zero point, group and number of rows."""
+    columns, group_size = shape
+    w, exact = integers(bits, rows, columns, group_size, symmetric or bits == 8, seed, extreme)
+    codes = torch.randint(-127, 128, (m, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(seed + 1))
+    codes = torch.where(codes > 0, 127, -127).to(torch.int8) if extreme else codes
+    assert torch.equal(product(codes, w).long(), codes.long() @ exact.T)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("compiled", ["decode", "prefill", None])
+def test_no_overflow_up_to_131072_columns(bits: int, compiled: str | None) -> None:
+    """The largest weights against the largest activations: both ends of int32 within a percent."""
+    columns, top = 2**17, 2 ** (bits - 1) - 1
+    codes = torch.full((16, columns), 2**bits - 1, dtype=torch.uint8)
+    codes[1] = 1
+    w = PackedIntTensor.from_codes(codes, torch.ones(16, 1), torch.full((16, 1), 2 ** (bits - 1)), bits, -1, int8_activations=True)
+    m = {"decode": 1, "prefill": DECODE_ROWS + 1, None: 1}[compiled]
+    linear = torch.compile(product, fullgraph=True, dynamic=False) if compiled else product
+    found = linear(torch.full((m, columns), 127, dtype=torch.int8), w, compiled == "decode")
+    assert found[:, :3].long().tolist() == [[127 * top * columns, -127 * top * columns, 127 * top * columns]] * m
+
+
+@given(cases(kinds=["normal", "outliers", "one sign"]), st.sampled_from([(), (1,), (3,), (2, 3), (0, 4)]), st.booleans())
+def test_linear_is_that_of_the_rounded_activations(case: Case, lead: tuple[int, ...], with_bias: bool) -> None:
+    """F.linear of what activations and weight come back as, to the dtype's rounding."""
+    w, (bits, group, symmetric) = case
+    p = PackedIntTensor.from_hp(w, bits, group, symmetric or bits == 8, int8_activations=True)
+    x = torch.randn(*lead, w.shape[1]).to(w.dtype)
+    bias = torch.randn(w.shape[0]).to(w.dtype) if with_bias else None
+    expected = F.linear(affine.fake_quantize_rows(x.float()).double(), p.dequantize(torch.float64), None if bias is None else bias.double())
+    y = F.linear(x, p, bias)
+    assert y.dtype == x.dtype
+    bound = 2 * torch.finfo(x.dtype).eps * (expected.abs().amax() if expected.numel() else 0) + 1e-5 * float(w.abs().max())
+    assert not y.numel() or (y.double() - expected).abs().max() <= bound
+
+
+@given(st.integers(0, 2**31), st.sampled_from(DTYPES), st.sampled_from([1e-30, 1e-6, 1.0, 1e4]), st.integers(1, 70))
+def test_rows_come_back_within_half_a_step(seed: int, dtype: torch.dtype, size: float, columns: int) -> None:
+    """The largest value exactly, the others to half a step; every token on its own."""
+    x = (torch.randn(3, columns, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+    codes, scale = affine.quantize_rows(x)
+    assert codes.dtype == torch.int8
+    assert int(codes.min()) >= -127
+    error = (codes.double() * scale.double() - x.double()).abs()
+    assert bool((error <= scale.double() * 0.5001).all())
+    assert torch.equal(affine.quantize_rows(x[1:2])[0], codes[1:2])
+    assert bool((codes.abs().amax(1)[x.abs().amax(1) > 127 * torch.finfo(torch.float32).tiny] == 127).all())
+
+
+def test_units_of_the_official_layer() -> None:
+    """Weights, activations and outputs of its weight-activation linear, a token of zeros among them."""
+    u = load_file("tests/golden/units.safetensors")
+    for bits in (4, 8):
+        name = f"wal.w{bits}a8"
+        w = PackedIntTensor.from_hp(u["wal.weight"], bits, -1, symmetric=True, official=True, int8_activations=True)
+        torch.testing.assert_close(w.dequantize(), u[f"{name}.qweight"], rtol=2e-7, atol=0)
+        torch.testing.assert_close(affine.fake_quantize_rows(u["wal.x"], official=True), u[f"{name}.qx"], rtol=2e-7, atol=0)
+        torch.testing.assert_close(F.linear(u["wal.x"], w, u["wal.bias"]), u[f"{name}.y"], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("m", [3, DECODE_ROWS + 3])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_token_of_zeros_gives_the_bias(m: int, compiled: bool) -> None:
+    """And leaves its neighbours alone."""
+    w, bias, x = packed(), torch.randn(64), torch.randn(m, 256)
+    alone = F.linear(x, w, bias)
+    x[1] = 0
+    linear = torch.compile(F.linear, fullgraph=True, dynamic=False) if compiled else F.linear
+    y = linear(x, w, bias)
+    assert torch.equal(y[1], bias)
+    assert torch.equal(y[0], alone[0])
+    assert torch.equal(y[2], alone[2])
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("m", [3, DECODE_ROWS + 3])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_nan_and_infinity_do_not_vanish(odd: float, m: int, compiled: bool, group_size: int) -> None:
+    """Every output of such a token is NaN; other tokens do not notice."""
+    w, x = packed(group_size=group_size), torch.randn(m, 256)
+    linear = torch.compile(F.linear, fullgraph=True, dynamic=False) if compiled else F.linear
+    alone = linear(x, w)
+    x[1, 7] = odd
+    y = linear(x, w)
+    assert bool(y[1].isnan().all())
+    assert torch.equal(y[0], alone[0])
+    assert torch.equal(y[2:], alone[2:])
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "columns", "group_size", "dtype"),
+    [
+        (2, 40, 96, -1, torch.bfloat16), (3, 33, 144, -1, torch.float16), (4, 17, 100, -1, torch.bfloat16), (4, 64, 256, -1, torch.float32),
+        (5, 64, 128, -1, torch.float32), (8, 64, 1280, -1, torch.float32), (4, 64, 256, 128, torch.bfloat16), (3, 33, 144, 48, torch.float32),
+        (8, 32, 1056, 16, torch.float32),
+    ],
+)  # fmt: skip
+def test_compiled_forms_are_those_of_eager(bits: int, rows: int, columns: int, group_size: int, dtype: torch.dtype) -> None:
+    """One row, several, many: bit for bit with one scale per row; groups are added up in another order."""
+    w, bias = packed(rows, columns, bits, group_size, dtype), torch.randn(rows, dtype=dtype)
+    if dtype == torch.float32:  # the compiler does not round in between to narrower ones
+        w.act_pre_scale = torch.rand(columns) + 0.5
+    for m in (1, 5, DECODE_ROWS + 6):
+        x = torch.randn(m, columns).to(dtype)
+        y, expected = torch.compile(F.linear, fullgraph=True, dynamic=False)(x, w, bias), F.linear(x, w, bias)
+        assert y.dtype == dtype
+        if group_size == -1:
+            assert torch.equal(y, expected)
+        else:
+            torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_decode_and_prefill_multiply_integers() -> None:
+    """Decode: one kernel, no library call, sums in int32. Prefill: the integer matmul, and no float weight."""
+    w = packed(128, 1024, dtype=torch.bfloat16)
+    generated = []
+    for m in (1, 64):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            _, codes = run_and_get_code(torch.compile(lambda x: F.silu(F.linear(x, w)), fullgraph=True, dynamic=False), torch.randn(m, 1024).bfloat16())
+        generated.append(codes[0])
+    decode, prefill = generated
+    body = decode[decode.index("def call(") :]
+    assert "extern_kernels." not in body
+    assert len(re.findall(r"^\s+cpp_fused\w*\(", body, re.MULTILINE)) == 1
+    assert "Vectorized<int32_t> tmp_acc" in decode
+    body = prefill[prefill.index("def call(") :]
+    assert len(re.findall(r"_int_mm", body)) == 1
+    buffers = re.findall(r"empty_strided_cpu\(\(([^)]*)\), \([^)]*\), (torch\.\w+)\)", body)
+    assert [kind for shape, kind in buffers if math.prod(int(n) for n in re.findall(r"\d+", shape)) >= 128 * 1024] == ["torch.int8"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_gradients_go_straight_through(compiled: bool, rows: int) -> None:
+    """As if nothing had been rounded: those of the dense linear; also to the bias."""
+    w, bias = packed(), torch.randn(64, requires_grad=True)
+    w.act_pre_scale = torch.rand(256) + 0.5
+    x, upstream = torch.randn(rows, 256, requires_grad=True), torch.randn(rows, 64)
+    linear = torch.compile(F.linear, fullgraph=True) if compiled else F.linear
+    linear(x, w, bias).backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ w.dequantize() * w.act_pre_scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bias.grad, upstream.sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_batch_and_export() -> None:
+    """One exported program for every batch; a compiled one with dynamic sizes agrees in both forms."""
+    module = torch.nn.Linear(256, 64).eval()
+    module.weight = torch.nn.Parameter(packed(), requires_grad=False)
+    program = torch.export.export(module, (torch.randn(4, 256),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=512)},))
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for m in (2, 4, DECODE_ROWS, DECODE_ROWS + 1, 200):
+            x = torch.randn(m, 256)
+            assert torch.equal(program.module()(x), module(x))
+            assert torch.equal(compiled(x), module(x))
+
+
+def test_ahead_of_time_compilation(tmp_path) -> None:
+    """AOTInductor's package agrees."""
+    module = torch.nn.Linear(256, 64).eval()
+    module.weight = torch.nn.Parameter(packed(), requires_grad=False)
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.randn(40, 256),))
+        compiled = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "linear.pt2")))
+        x = torch.randn(40, 256)
+        assert torch.equal(compiled(x), module(x))
+
+
+@given(cases(kinds=["normal"], dtypes=[torch.float32]))
+def test_flag_survives_views_copies_and_files(case: Case) -> None:
+    """Slices, joins, transposition, moves, deep copies, pickles: the same linear on the other side."""
+    w, (bits, group, _) = case
+    p = PackedIntTensor.from_hp(w, max(bits, 2), group, symmetric=True, int8_activations=True)
+    x = torch.randn(3, w.shape[1])
+    whole = F.linear(x, p)
+    assert torch.equal(whole, F.linear(affine.fake_quantize_rows(x), p))
+    buffer = io.BytesIO()
+    torch.save(p, buffer)
+    buffer.seek(0)
+    for same in (p.t().t(), p.clone(), copy.deepcopy(p), p.to("cpu", copy=True), torch.load(buffer, weights_only=True), p.detach()):
+        assert same.int8_activations
+        assert torch.equal(F.linear(x, same), whole)
+    if len(w) > 16:
+        top, rest = p[:16], p[16:]
+        assert torch.equal(torch.cat([F.linear(x, top), F.linear(x, rest)], 1), whole)
+        assert torch.equal(F.linear(x, torch.cat([top, rest])), whole)
+        with pytest.raises(ValueError, match="int8_activations"):
+            torch.cat([top, PackedIntTensor.from_hp(w, max(bits, 2), group, symmetric=True)[16:]])
+
+
+def test_eight_bits_must_be_symmetric() -> None:
+    """code - zero would not fit eight bits."""
+    with pytest.raises(ValueError, match="symmetric=True"):
+        PackedIntTensor.from_hp(torch.randn(16, 64) + 1, 8, -1, symmetric=False, int8_activations=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operator_keeps_torch_library_rules(dtype: torch.dtype) -> None:
+    """Schema, fake implementation and autograd registration, by torch's own check."""
+    w = packed(dtype=dtype)
+    x = torch.randn(3, 256, dtype=dtype, requires_grad=True)
+    codes, scale = affine.quantize_rows(x.detach())
+    arguments = (x, codes, scale, w.qdata, w.scale, w.zero_point, None, -1, 64, 256, True, KERNELS)
+    torch.library.opcheck(torch.ops.torchao_qig.int8_linear.default, arguments)
