@@ -2,6 +2,7 @@
 
     python -m recipes.small_lvlm.build             # half an hour on a CPU; a killed run continues
     python -m recipes.small_lvlm.build --verify    # recomputes the shipped model's test accuracy and its data's checksum
+    python -m recipes.small_lvlm.build --seed 1 --output /tmp/rebuilt    # another model, elsewhere
 
 `weights/` then holds what transformers loads (bfloat16), the training log, and card.json: the accuracy, the checksum of the test
 data, the command, the time and the machine.
@@ -28,7 +29,6 @@ from recipes.small_lvlm.model import ROW, WEIGHTS, load, new_model, new_tokenize
 from recipes.small_lvlm.training import check, train
 from recipes.small_lvlm.worlds.canvas import SIDE
 
-RUN = Path(__file__).parent / "training_run"
 PICTURES = 1000  # of the test split
 TOLERANCE = 0.003  # of the accuracy: other processors round otherwise
 
@@ -65,9 +65,9 @@ def measured(folder: Path) -> dict[str, Any]:
     return {"scores": right, "nll_with_wrong_pictures": wrong["all"]["nll"], "checksum": checksum()}
 
 
-def verify() -> None:
-    card = json.loads((WEIGHTS / "card.json").read_text())
-    found = measured(WEIGHTS)
+def verify(folder: Path) -> None:
+    card = json.loads((folder / "card.json").read_text())
+    found = measured(folder)
     faults = [f"the test data's checksum is {found['checksum']}, not {card['checksum']}"] if found["checksum"] != card["checksum"] else []
     for name in (*FAMILIES, "all"):
         now, then = (result["scores"][name]["accuracy"][0] for result in (found, card))
@@ -78,21 +78,22 @@ def verify() -> None:
         raise SystemExit(1)
 
 
-def build(tower_steps: int, steps: int) -> None:
+def build(tower_steps: int, steps: int, seed: int, folder: Path) -> None:
     tokenizer = new_tokenizer()
-    model = new_model(tokenizer)
+    model = new_model(tokenizer, seed)
     check(model, pack(list(chosen("train", 4)), tokenizer))
-    RUN.mkdir(exist_ok=True)
-    train(model, tokenizer, RUN, tower_steps=tower_steps, steps=steps)
-    save(model, tokenizer, WEIGHTS)
-    shutil.copy(RUN / "log.jsonl", WEIGHTS / "log.jsonl")
-    log = [json.loads(line) for line in (WEIGHTS / "log.jsonl").read_text().splitlines()]
+    run = folder.parent / "training_run"
+    run.mkdir(parents=True, exist_ok=True)
+    train(model, tokenizer, run, tower_steps=tower_steps, steps=steps)
+    save(model, tokenizer, folder)
+    shutil.copy(run / "log.jsonl", folder / "log.jsonl")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     seconds = {stage: max(line["seconds"] for line in log if line["stage"] == stage) for stage in ("tower", "answers")}
     card = {
-        **machine(), "threads": torch.get_num_threads(), "transformers": transformers.__version__, "tower_steps": tower_steps, "steps": steps,
-        "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()), **measured(WEIGHTS),
+        **machine(), "threads": torch.get_num_threads(), "transformers": transformers.__version__, "tower_steps": tower_steps, "steps": steps, "seed": seed,
+        "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters()), **measured(folder),
     }  # fmt: skip
-    (WEIGHTS / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 def main() -> None:
@@ -100,8 +101,10 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--tower-steps", type=int, default=700)
     parser.add_argument("--steps", type=int, default=3300)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the checkpoint; training's own state lies beside it")
     args = parser.parse_args()
-    verify() if args.verify else build(args.tower_steps, args.steps)
+    verify(args.output) if args.verify else build(args.tower_steps, args.steps, args.seed, args.output)
 
 
 if __name__ == "__main__":
