@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.timing import header, machine, store
 from recipes.evaluate import Answers, answer, batches, difference, scores
-from recipes.methods import BEYOND, METHODS, PAPERS, quantized
+from recipes.methods import BEYOND, INT8_METHODS, METHODS, PAPERS, quantized
 from recipes.small_lvlm.data import FAMILIES, chosen
 from recipes.small_lvlm.model import WEIGHTS, load
 
@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 SETTINGS = {
     "W3g128": {"bits": 3, "group_size": 128}, "W3g64": {"bits": 3, "group_size": 64}, "W4g128": {"bits": 4, "group_size": 128},
     "W3 per channel": {"bits": 3, "group_size": -1}, "W2g64": {"bits": 2, "group_size": 64},
+    "W4A8": {"bits": 4, "int8_activations": True},
 }  # fmt: skip
 COLUMNS = ("picture", "tokens", "correct", "nll", "kl")
 
@@ -103,7 +104,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--methods", nargs="+", default=list(PAPERS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=sorted({*METHODS, *INT8_METHODS}), help="by default those of the paper, and ours")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--name", default="accuracy")
@@ -119,13 +120,14 @@ def main() -> None:
     for setting in args.settings:
         found: dict[str, Answers] = {}
         rows: dict[str, Any] = {}
-        for method in args.methods:
+        methods = args.methods or (list(INT8_METHODS) if "int8_activations" in SETTINGS[setting] else list(PAPERS))
+        for method in methods:
             runs = [bench.run(setting, SETTINGS[setting], method, seed) for seed in range(1 if method == "rtn" else args.seeds)]
             found[method] = averaged([run for run, _ in runs])
             rows[method] = row(found[method], [run for run, _ in runs], [seconds for _, seconds in runs])
             every = rows[method]["all"]
             print(f"{setting} {method}: accuracy {percent(every['accuracy'])} %, KL {every['kl'][0]:.4f}, {rows[method]['seconds']:.0f} s", flush=True)
-        for method in args.methods:
+        for method in methods:
             if method != "qig" and "qig" in found:
                 rows[method]["kl_less_qig"] = difference(found[method], found["qig"], "kl")
                 rows[method]["accuracy_less_qig"] = difference(found[method], found["qig"], "correct")

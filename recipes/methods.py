@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes.small_lvlm.data import sample
 from recipes.small_lvlm.model import inputs
-from torchao_qig import QIGWeightOnlyConfig
+from torchao_qig import QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 
 SCALES: dict[str, Any] = dict(clip=False, compensate=False)  # nothing but equalization scales
 GPTQ: dict[str, Any] = dict(compensate=True, repair=0.0, sweeps=0)  # errors passed on, nothing else
@@ -39,6 +39,17 @@ METHODS: dict[str, Callable[..., QIGWeightOnlyConfig]] = {
     "qig+gptq": partial(QIGWeightOnlyConfig, sensitivity="qig", **GPTQ),
     "default+qig": partial(QIGWeightOnlyConfig, sensitivity="qig"),
 }
+
+# With int8 activations: names mean the same, on QIGInt8DynamicActivationConfig.
+INT8_METHODS: dict[str, Callable[..., QIGWeightOnlyConfig]] = {
+    "rtn": partial(QIGInt8DynamicActivationConfig, sensitivity=None, **SCALES),
+    "smoothquant": partial(QIGInt8DynamicActivationConfig, smoothquant=0.5, **SCALES),
+    "mbq": partial(QIGInt8DynamicActivationConfig, sensitivity="modality", **SCALES),
+    "qig-paper": QIGInt8DynamicActivationConfig.paper,
+    "qig": partial(QIGInt8DynamicActivationConfig, sensitivity="qig", **SCALES),
+    "default": QIGInt8DynamicActivationConfig,
+    "default+qig": partial(QIGInt8DynamicActivationConfig, sensitivity="qig"),
+}
 PAPERS = ("rtn", "awq", "mbq", "qig-paper", "qig", "default")
 BEYOND = ("rtn", "awq", "qig", "qig+clip", "gptq", "gptq-modality", "gptaq", "qig+gptq", "default", "default+clip", "default+qig-weights", "default+qig")
 
@@ -55,9 +66,12 @@ def calibration_batches(tokenizer: PreTrainedTokenizerFast, count: int = 128, se
     ]
 
 
-def quantized(model: nn.Module, tokenizer: PreTrainedTokenizerFast, method: str, *, seed: int = 0, count: int = 128, **grid: Any) -> tuple[nn.Module, float]:
+def quantized(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, method: str, *, seed: int = 0, count: int = 128, int8_activations: bool = False, **grid: Any
+) -> tuple[nn.Module, float]:
     """A quantized copy, and the seconds that took."""
     start = time.perf_counter()
     model = copy.deepcopy(model)
-    quantize_(model, METHODS[method](**grid, calib=calibration_batches(tokenizer, count, seed), verbose=False))
+    make = (INT8_METHODS if int8_activations else METHODS)[method]
+    quantize_(model, make(**grid, calib=calibration_batches(tokenizer, count, seed), verbose=False))
     return model.eval(), time.perf_counter() - start

@@ -32,6 +32,23 @@ def official_symmetric(w: Tensor, bits: int, size: int) -> Tensor:
     return out
 
 
+def integer_linear(layer: nn.Linear, bits: int, s: Tensor | float = 1.0) -> Callable[[Tensor], Tensor]:
+    """Specification 1.3 and 7.3: the layer with its weight times s rounded per row, and its input over s per token."""
+    weight = official_symmetric(layer.weight.detach() * s, bits, -1)
+    return lambda z: nn.functional.linear(official_symmetric((z / s).flatten(0, -2), 8, -1).view(z.shape), weight, layer.bias)
+
+
+def integer_path_weights(f: Callable[[Tensor], Tensor], f_q: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, points: int = 32) -> Tensor:
+    """Specification 7.2: token weights (B, T) along the path from the quantized model's input; f_q is a constant, nothing is clipped."""
+    gradient = torch.zeros_like(start)
+    for alpha in torch.linspace(0, 1, points):
+        z = (start + alpha * (end - start)).requires_grad_()
+        (1000 * (f(z) - f_q(z).detach()).abs().mean(-1)).sum().backward()
+        gradient += z.grad / points
+    imp = ((end - start) * gradient).abs().mean(-1)
+    return imp / imp.sum(1, keepdim=True).clamp(min=1.18e-38)
+
+
 def path_weights(f: Callable[[Tensor], Tensor], f_q: Callable[[Tensor], Tensor], x: Tensor, points: int = 32) -> Tensor:
     """Specification 4.2: token weights (B, T) by the published sum of gradients, clipped at the quartiles."""
     gradient = torch.zeros_like(x)
@@ -68,6 +85,16 @@ class OfficialGroup:
         finally:
             for layer, weight in before.items():
                 layer.weight = weight
+
+    def replaced(self, forwards: dict[nn.Linear, Callable[[Tensor], Tensor]], z: Tensor) -> Tensor:
+        """The module's output with these forwards of linears."""
+        try:
+            for layer, forward in forwards.items():
+                layer.forward = forward
+            return self.call(self.module, z)
+        finally:
+            for layer in forwards:
+                del layer.forward
 
     def token_weights(self) -> Tensor:
         inside = [m for m in self.module.modules() if isinstance(m, nn.Linear)]

@@ -21,6 +21,7 @@ ORDER = [
     "calibrate.rounding",
     "calibrate.allocate",
     "calibrate.distort",
+    "calibrate.int8",
     "calibrate.block",
     "calibrate.apply",
     "calibrate.result",

@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torchao_qig._compat import register as _register
-from torchao_qig.config import PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
+from torchao_qig.config import PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 from torchao_qig.integrations.transformers import save_pretrained
 from torchao_qig.tensor import PackedIntTensor
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "PackedIntTensor", "PackedIntWeightOnlyConfig", "QIGWeightOnlyConfig", "calibrate", "save_pretrained"]
+__all__ = [
+    "Calibration", "PackedIntTensor", "PackedIntWeightOnlyConfig", "QIGInt8DynamicActivationConfig", "QIGWeightOnlyConfig", "calibrate", "save_pretrained",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from torchao_qig.calibrate import Calibration, calibrate

@@ -1,7 +1,7 @@
 """The configs that `torchao.quantize_` takes: data and validation, nothing else; workflow.py says what they do."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torchao.core.config import AOBaseConfig
@@ -136,11 +136,11 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     checkpoint_dir: Any = None
     verbose: bool = True
     version: int = 1
+    int8_activations: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.compensate = self.base_config is None if self.compensate is None else self.compensate
-        if self.sensitivity == "auto":  # with compensation, scales measured worse than none: benchmarks/results/beyond.md
-            self.sensitivity = None if self.compensate else "qig"
+        self.sensitivity = self._sensitivity_of_auto() if self.sensitivity == "auto" else self.sensitivity
         self._check_bits()
         _check_dtype("dtype", self.dtype)
         _check_dtype("compute_dtype", self.compute_dtype)
@@ -155,7 +155,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
             _check_count(name, getattr(self, name), least, optional)
         if isinstance(self.modules, str) or not (self.modules is None or all(isinstance(m, str) for m in self.modules)):
             raise ValueError(f"modules={self.modules!r}: pass a list of module names, or None for the decoder's blocks")
-        if self.sensitivity is not None and not (self.fold or self.pre_scale):
+        if self.equalizes and not (self.fold or self.pre_scale):
             raise ValueError("fold=False, pre_scale=False: then there is nowhere to put a scale; set one of them, or sensitivity=None")
         if self.base_config is not None and not isinstance(self.base_config, AOBaseConfig):
             raise ValueError(f"base_config={self.base_config!r}: pass a torchao config such as Int8WeightOnlyConfig()")
@@ -165,6 +165,9 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
             raise ValueError("base_config: chooses its own integers; leave it out, or clip=True and compensate=True")
         if self.step == "prepare" and self.calib is not None:
             raise ValueError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
+
+    def _sensitivity_of_auto(self) -> str | None:
+        return None if self.compensate else "qig"  # with compensation, scales measured worse than none: benchmarks/results/beyond.md
 
     def _check_bits(self) -> None:
         several = [b for b in self.bits.values() if b != FULL] if isinstance(self.bits, dict) else None
@@ -184,6 +187,16 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     def at(self, bits: int) -> "QIGWeightOnlyConfig":
         """The same with so many bits for every weight."""
         return replace(self, bits=bits, budget=None, max_bytes=None)
+
+    @property
+    def equalizes(self) -> bool:
+        """Whether calibration chooses scales."""
+        return self.sensitivity is not None
+
+    @property
+    def on_quantized_inputs(self) -> bool:
+        """Whether candidates are tried on the inputs that the model quantized so far has."""
+        return self.propagate_error
 
     @property
     def rounds(self) -> bool:
@@ -214,7 +227,8 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     def public(self) -> dict[str, Any]:
         """The fields that say what is computed, as JSON can hold them."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*RUNTIME, "version", "base_config")}
-        return {**kept, "dtype": None if self.dtype is None else str(self.dtype), "base_config": None if self.base_config is None else repr(self.base_config)}
+        base = None if self.base_config is None else repr(self.base_config)
+        return {**kept, "dtype": None if self.dtype is None else str(self.dtype), "base_config": base, "int8_activations": self.int8_activations}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QIGWeightOnlyConfig":
         new = object.__new__(type(self))  # shares the loader and the model: a generator cannot be copied
@@ -235,6 +249,53 @@ def _hidden(name: str, default: Any) -> Any:
 
 for _name in RUNTIME:
     setattr(QIGWeightOnlyConfig, _name, _hidden(_name, _name == "verbose" or None))
+
+
+@dataclass
+class QIGInt8DynamicActivationConfig(QIGWeightOnlyConfig):
+    """The same with int8 activations, rounded token by token as they come: linears multiply integers.
+
+    `quantize_(model, QIGInt8DynamicActivationConfig(bits=4, calib=loader))`. Everything is chosen with rounded activations: `sensitivity="qig"`
+    integrates from the input that the model quantized so far has to the one of full precision, and tries candidates on the former.
+
+    Args, beside those of `QIGWeightOnlyConfig`:
+        bits, group_size, symmetric: here 4 bits, one scale per row, a grid centred on zero; 8 bits have to be symmetric.
+        smoothquant: no search, but SmoothQuant's scales with this alpha (0.5): max |x| ** alpha / max |W| ** (1 - alpha).
+        base_config: Int8DynamicActivationIntxWeightConfig, Int8DynamicActivationInt8WeightConfig and the like.
+        compute_dtype: None: float32.
+    """
+
+    bits: Any = 4
+    group_size: int = -1
+    symmetric: bool = True
+    smoothquant: float | None = None
+    int8_activations: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.smoothquant is not None:
+            _check_number("smoothquant", self.smoothquant, 0.0, 1.0)
+            if self.sensitivity not in ("auto", None):
+                raise ValueError(f"sensitivity={self.sensitivity!r} with smoothquant={self.smoothquant!r}: both choose scales; leave one of them out")
+        super().__post_init__()
+        widest = max((b for b in self.bits.values() if b != FULL), default=1) if isinstance(self.bits, dict) else self.bits
+        if not self.symmetric and widest in (8, "auto") and self.base_config is None:
+            raise ValueError(f"bits={self.bits!r}, symmetric=False: integers of 8 bits have to be symmetric beside int8 activations; pass symmetric=True")
+
+    def _sensitivity_of_auto(self) -> str | None:
+        return None if self.smoothquant is not None else super()._sensitivity_of_auto()
+
+    @property
+    def equalizes(self) -> bool:
+        return self.sensitivity is not None or self.smoothquant is not None
+
+    @property
+    def on_quantized_inputs(self) -> bool:
+        return self.propagate_error or self.sensitivity == "qig"
+
+    @classmethod
+    def paper(cls, **kwargs: Any) -> "QIGInt8DynamicActivationConfig":
+        """The published method as its released code computes it: 32 Riemann points, every candidate, no clipped token weights."""
+        return super().paper(**{"warmup_groups": 0, **kwargs})
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchao_qig import _compat
-from torchao_qig.config import PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
+from torchao_qig.config import PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 from torchao_qig.integrations import transformers
 from torchao_qig.tensor import PackedIntTensor, affine
 
@@ -134,6 +134,7 @@ def _round(
     return module
 
 
+@_compat.register_quantize_module_handler(QIGInt8DynamicActivationConfig)
 @_compat.register_quantize_module_handler(QIGWeightOnlyConfig)
 def qig_weight_only(module: nn.Module, config: QIGWeightOnlyConfig, *, parameter_name: str = "weight") -> nn.Module:
     """torchao's handler. With data the first call has done everything already; without, weights are rounded to nearest."""
@@ -158,7 +159,7 @@ def _uncalibrated(weight: Tensor, config: QIGWeightOnlyConfig) -> Tensor:
     if config.base_config is not None:
         packed = _compat.quantized_weight(weight, config.base_config)
     else:
-        packed = PackedIntTensor.from_hp(weight, config.bits, config.group_size, config.symmetric, config.dtype, config.official)
+        packed = PackedIntTensor.from_hp(weight, config.bits, config.group_size, config.symmetric, config.dtype, config.official, config.int8_activations)
     if config.pre_scaled:
         packed.act_pre_scale = torch.ones(weight.shape[-1], dtype=weight.dtype, device=weight.device)
     return packed
@@ -182,7 +183,7 @@ def calibrated_call(call: _compat.QuantizeCall) -> None:
     if config.calib is None and config.step is None:
         _refuse_without_data(config)
         check_assignments(call)
-        if sum(isinstance(m, nn.Linear) for m in call.model.modules()) > 1 and (config.sensitivity is not None or config.rounds):
+        if sum(isinstance(m, nn.Linear) for m in call.model.modules()) > 1 and (config.equalizes or config.rounds):
             warnings.warn("calib=None: weights are rounded to nearest, without calibration; pass calib= to calibrate", stacklevel=4)
         return
     from torchao_qig.calibrate.apply import changes, commit

@@ -17,10 +17,10 @@ from torchao.quantization import quantize_
 from transformers import PreTrainedModel
 
 import torchao_qig
-from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
+from torchao_qig import Calibration, PackedIntTensor, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 
 SLOTS = {"self_attn": "attn_in", "self_attn.o_proj": "attn_out", "mlp": "mlp_in", "mlp.down_proj": "mlp_out"}
-WEIGHT_ONLY = {"qig", "mbq", "awq", "mbq_distort"}  # the others quantize activations, too
+ACTIVATIONS = {"qig_wa", "mbq_wa", "mbq_wa_distort"}  # quantize these, too
 
 
 def build(root: Path, name: str) -> PreTrainedModel:
@@ -44,7 +44,13 @@ def batch_of(root: Path, case: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def config_of(case: dict[str, Any]) -> QIGWeightOnlyConfig:
-    shared: dict[str, Any] = {"bits": case["w_bit"], "group_size": case["q_group_size"], "loss": case["loss_mode"], "grid": case["n_grid"], "verbose": False}
+    shared: dict[str, Any] = {"bits": case["w_bit"], "loss": case["loss_mode"], "grid": case["n_grid"], "verbose": False}
+    if case["method"] in ACTIVATIONS:
+        assert case["a_bit"] == 8
+        weighting = "modality" if case["masks"] and case["reweight_ratio"] else "uniform"
+        others: dict[str, Any] = {"sensitivity": weighting, "modality_ratio": case["reweight_ratio"], "propagate_error": case["method"] == "mbq_wa_distort"}
+        return QIGInt8DynamicActivationConfig.paper(**shared, **({} if case["method"] == "qig_wa" else others))
+    shared["group_size"] = case["q_group_size"]
     if case["method"] == "qig":
         return QIGWeightOnlyConfig.paper(**shared, warmup_groups=5 if case["counter"] == "fresh" else 0)
     if case["method"] == "awq":
@@ -69,8 +75,6 @@ def record(golden_case: Path, calibrations: dict[Path, Any]) -> tuple[dict[str, 
     """A recorded case and our calibration of it."""
     if golden_case not in calibrations:
         root, case = golden_case.parent.parent, json.loads(golden_case.read_text())
-        if case["method"] not in WEIGHT_ONLY:
-            pytest.skip(f"{case['method']} quantizes activations: another issue")
         model, batch = build(root, case["model"]), batch_of(root, case)
         found = torchao_qig.calibrate(model, [batch], config_of(case))
         calibrations[golden_case] = (case, load_file(golden_case.with_suffix(".safetensors")), model, batch, found)
@@ -113,7 +117,7 @@ def test_token_weights(record: Any) -> None:
             ours = torch.stack(found.token_weights(groups_of(found)[name].label).weights)
             assert (ours - theirs).abs().max() <= 1e-2 * theirs.mean()
             compared += 1
-    assert compared == (len(case["groups"]) if case["method"] == "qig" else 0)
+    assert compared == (len(case["groups"]) if case["method"].startswith("qig") else 0)
 
 
 def test_final_weights_and_logits(record: Any) -> None:
@@ -140,5 +144,6 @@ def test_final_weights_and_logits(record: Any) -> None:
     with torch.no_grad():
         logits = quantized(inputs_embeds=batch["inputs_embeds"], attention_mask=batch["attention_mask"]).logits
     kept = batch["attention_mask"].bool()
-    error = (logits - tensors["logits_quant"])[kept].abs()
-    assert error.max() <= 1e-3 * tensors["logits_quant"][kept].abs().max()
+    error = (logits - tensors["logits_quant"])[kept].abs() / tensors["logits_quant"][kept].abs().max()
+    assert error.median() <= 1e-6
+    assert error.max() <= (1e-2 if case["method"] in ACTIVATIONS else 1e-3)  # an activation that rounds to the other side

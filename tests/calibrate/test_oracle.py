@@ -10,9 +10,10 @@ import transformers as hf
 from torch import Tensor
 
 import torchao_qig
-from tests.oracle import OfficialGroup, candidate_scales, official_asymmetric
-from torchao_qig import Calibration, QIGWeightOnlyConfig
+from tests.oracle import OfficialGroup, candidate_scales, integer_linear, integer_path_weights, official_asymmetric
+from torchao_qig import Calibration, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 from torchao_qig.calibrate.apply import changes, commit
+from torchao_qig.calibrate.fold import scaled_linear
 
 B, T, H = 3, 12, 64
 SHAPE = {"hidden_size": H, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 64}
@@ -163,6 +164,53 @@ def test_inputs_of_the_quantized_model(kv_heads: int, weighting: str) -> None:
         torch.testing.assert_close(mine.x_mean, distorted.x.abs().mean((0, 1)), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(list(mine.losses.values()), losses, rtol=2e-3, atol=0)
         so_far.groups[label] = mine
+
+
+@pytest.mark.parametrize(("method", "squared"), [("qig", False), ("qig", True), ("mbq", False), ("mbq", True), ("mbq distorted", False)])
+@pytest.mark.parametrize(("kind", "kv_heads"), [("qwen2", 4), ("llama", 2)])
+def test_int8_activations(kind: str, kv_heads: int, method: str, squared: bool) -> None:
+    """The repository's W4A8: candidates with rounded inputs; QIG's path from the quantized model's input, the baseline of its losses, too."""
+    model, inputs = build(kind, kv_heads), batch(False)
+    distorted = method != "mbq"
+    others: dict[str, Any] = dict(sensitivity="modality", modality_ratio=0.5, propagate_error=distorted)
+    config = QIGInt8DynamicActivationConfig.paper(bits=4, loss="mse" if squared else "mae", verbose=False, **({} if method == "qig" else others))
+    found = torchao_qig.calibrate(model, [inputs], config)
+    clean = groups(model, inputs, 4, -1)
+    answer, vision = inputs["caption_mask"].float(), inputs["vision_mask"].float()
+    counts = (answer.sum(), vision.sum()) if squared else (answer.sum() + vision.sum(),) * 2
+    so_far = Calibration()
+    assert list(found.groups) == list(clean)
+    for number, (label, group) in enumerate(clean.items()):
+        bent = copy.deepcopy(model)
+        commit(changes(bent, so_far, dict.fromkeys(linear_names(model), QIGWeightOnlyConfig.paper(bits=8, group_size=-1)), simulate=False))
+        for name in linear_names(model):
+            layer, scaled = bent.get_submodule(name), copy.deepcopy(model.get_submodule(name))
+            weight, bias = scaled_linear(scaled, *scales_of(so_far, name))
+            layer.weight, scaled.weight = (torch.nn.Parameter(weight, requires_grad=False) for _ in range(2))
+            layer.bias = scaled.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+            layer.forward = integer_linear(scaled, 4)
+        x_q = list(groups(bent, inputs, 4, -1).values())[number].x if distorted else group.x
+        inside = {m: integer_linear(m, 4) for m in group.module.modules() if isinstance(m, torch.nn.Linear)}
+        if method == "qig":
+            w = integer_path_weights(lambda z, g=group: g.replaced({}, z), lambda z, g=group, f=inside: g.replaced(f, z), x_q, group.x)
+            assert (torch.stack(found.token_weights(label).weights) - w).abs().max() <= 1e-2 * w.mean()
+            w = w / w.sum().clamp(min=1e-8)
+        else:
+            w = answer / counts[0] + 0.5 * vision / counts[1]
+        with torch.no_grad():
+            reference = group.replaced({}, x_q if method == "qig" else group.x)
+            outputs = [group.replaced({m: integer_linear(m, 4, s) for m in group.layers}, x_q) for s in candidate_scales(x_q)]
+        losses = [float((per_token(reference - out, squared) * w).sum()) for out in outputs]
+        mine = found.groups[label]
+        torch.testing.assert_close(mine.x_mean, x_q.abs().mean((0, 1)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(list(mine.losses.values()), losses, rtol=2e-3, atol=0)
+        so_far.groups[label] = mine
+
+
+def scales_of(found: Calibration, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """A linear's scales so far: of its columns, and of its last rows."""
+    columns = next((g.scale for g in found.groups.values() if name in g.linears), None)
+    return columns, next((g.scale for g in found.groups.values() if g.fold_into == name), None)
 
 
 def linear_names(model: hf.PreTrainedModel) -> list[str]:

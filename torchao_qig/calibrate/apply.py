@@ -13,13 +13,15 @@ from torchao_qig.calibrate.result import Calibration, GroupResult
 from torchao_qig.config import QIGWeightOnlyConfig
 from torchao_qig.tensor import PackedIntTensor, affine
 
+Product = Callable[[Tensor], Tensor]
+
 
 class Change(NamedTuple):
-    """A parameter to set."""
+    """A parameter, or a forward, to set."""
 
     module: nn.Module
     name: str
-    value: nn.Parameter | None
+    value: nn.Parameter | Product | None
 
 
 def grid_of(config: QIGWeightOnlyConfig) -> list[Any]:
@@ -43,6 +45,20 @@ def rounder(config: QIGWeightOnlyConfig, dtype: torch.dtype) -> Callable[[Tensor
     return by_grid if config.base_config is None else by_base_config
 
 
+def integer_product(config: QIGWeightOnlyConfig, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Product]:
+    """A function from a weight and a scale to what their quantized linear does, without its bias: rounds x / scale, and multiplies."""
+
+    def by_base_config(w: Tensor, scale: Tensor | None = None) -> Product:
+        weight = quantized_weight((w if scale is None else w * scale).to(dtype), config.base_config)
+        return lambda x: F.linear((x if scale is None else x / scale).to(dtype), weight).to(x.dtype)
+
+    def by_grid(w: Tensor, scale: Tensor | None = None) -> Product:
+        weight = rounder(config, dtype)(w, scale)
+        return lambda x: F.linear(affine.fake_quantize_rows(x, scale, config.official), weight.to(x.dtype))
+
+    return by_grid if config.base_config is None else by_base_config
+
+
 def dense(weight: Tensor) -> Tensor:
     """The weight that a quantized tensor of any kind stands for."""
     if hasattr(weight, "dequantize") and type(weight) is not Tensor:
@@ -57,7 +73,13 @@ def quantize_weight(w: Tensor, config: QIGWeightOnlyConfig, dtype: torch.dtype) 
     """The packed form of a weight that carries its scales already."""
     if config.base_config is not None:
         return quantized_weight(w.to(dtype), config.base_config)
-    return PackedIntTensor.from_hp(w, config.bits, config.group_size, config.symmetric, config.dtype or dtype, config.official)
+    return PackedIntTensor.from_hp(w, config.bits, config.group_size, config.symmetric, config.dtype or dtype, config.official, config.int8_activations)
+
+
+def rounding_forward(linear: nn.Linear, before: Tensor | None, official: bool) -> Product:
+    """A forward for a linear with a dense weight that rounds its input, which `before` multiplies for that."""
+    columns = None if before is None else 1 / before.float()
+    return lambda x: F.linear(affine.fake_quantize_rows(x, columns, official), linear.weight, linear.bias)
 
 
 def _chosen(name: str, found: Calibration, targets: dict[str, QIGWeightOnlyConfig], linear: nn.Linear) -> Tensor:
@@ -72,7 +94,9 @@ def _chosen(name: str, found: Calibration, targets: dict[str, QIGWeightOnlyConfi
     missing = sorted({n for g in together for n in (*g.linears, *into[g.label])} - set(targets))
     if missing:
         raise ValueError(f"calib: {name} was rounded together with {', '.join(missing)}; quantize these, too, or calibrate again")
-    return weight.to(linear.weight.device, copy=True)
+    weight = weight.to(linear.weight.device, copy=True)
+    weight.int8_activations = targets[name].int8_activations
+    return weight
 
 
 def _frozen(t: Tensor) -> nn.Parameter:
@@ -114,7 +138,7 @@ class Scales:
 def changes(model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOnlyConfig], simulate: bool = False) -> list[Change]:
     """All parameters to set in `model` so that `targets` are quantized as calibrated.
 
-    With `simulate` weights stay dense and get the values that the packed ones stand for.
+    With `simulate` weights stay dense and get the values that the packed ones stand for (a base config's integer products run as they are).
     """
     scales = Scales(model, found, targets)
     made = list(scales.norms)
@@ -124,7 +148,9 @@ def changes(model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOn
         dtype = linear.weight.dtype
         weight, bias = scaled_linear(linear, scales.columns.get(name), scales.rows.get(name))
         before = scales.before.get(name)
-        if simulate:
+        if simulate and not (config.int8_activations and config.base_config is not None):
+            if config.int8_activations:
+                made.append(Change(linear, "forward", rounding_forward(linear, before, config.official)))
             value = rounder(config, dtype)(weight, None)
             value = (value if before is None else value * before.to(value)).to(dtype)
         else:

@@ -6,6 +6,7 @@ carried on to the next block). Samples only meet in sums: pieces and ranks may b
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torchao_qig.calibrate import ranks, search, sensitivity
 from torchao_qig.calibrate.batches import Tokens
 from torchao_qig.calibrate.groups import Group, find_groups
 from torchao_qig.calibrate.observer import Call, Observer, Seen, first_tensor, patched, replica
+from torchao_qig.calibrate.search import Evaluate
 from torchao_qig.calibrate.store import Store
 from torchao_qig.calibrate.stream import Piece, Stream, cast, fresh
 from torchao_qig.calibrate.tokens import Layout, layout
@@ -88,6 +90,9 @@ class Block:
         total = search.absolute_sum(place.view(seen.x).float(), counted)
         work.total = total if work.total is None else work.total + total
         work.count += float(counted.sum())
+        if self.config.int8_activations:
+            peak = (place.view(seen.x).float().abs() * counted.unsqueeze(-1)).amax((0, 1))
+            work.peak = peak if work.peak is None else torch.maximum(work.peak, peak)
         kept = sum(y.numel() * y.element_size() for y in seen.ys)
         if work.group.alone:
             seen = Seen(seen.x, Call((), {}), seen.out if self.config.propagate_error else seen.x)
@@ -109,10 +114,10 @@ class Block:
             self._rounded[name] = self.rounders[name](self.weight(name), None).to(self.dtype)
         return self._rounded[name]
 
-    def _ready(self, part: Part) -> Seen:
+    def ready(self, part: Part) -> Seen:
         return Seen(*cast(tuple(part.seen), self.device, self.dtype, self.main_dtype))
 
-    def _inspect(self, group: Group, call: Call, forwards: dict[str, Callable[[Tensor], Tensor]], place: Layout) -> Tensor:
+    def inspect(self, group: Group, call: Call, forwards: dict[str, Callable[[Tensor], Tensor]], place: Layout) -> Tensor:
         """The inspected module's output, (B, T, channels), with these forwards for some of its linears."""
         if self.copies:  # nothing of ours is to be written into
             call = fresh(call)
@@ -120,7 +125,7 @@ class Block:
         with patched({self.quick.get_submodule(name): forward for name, forward in forwards.items()}):
             return place.view(first_tensor(self.quick.get_submodule(group.inspected)(*call.args, **call.kwargs)))
 
-    def _bias(self, name: str) -> Tensor | None:
+    def bias(self, name: str) -> Tensor | None:
         bias = self.quick.get_submodule(name).bias
         assert bias is None or isinstance(bias, Tensor)
         return bias
@@ -135,7 +140,7 @@ class Block:
     def weigh(self, work: Work, weighting: str, ratio: float, counts: tuple[float, float]) -> None:
         """Give every part of a group its token weights."""
         work.weighting = weighting
-        points = self._points(work) if weighting == "qig" else None
+        points = self.points(work) if weighting == "qig" else None
         for part in work.parts:
             if points is not None:
                 self._rounded_outs.clear()
@@ -156,7 +161,7 @@ class Block:
         answer, vision = known(tokens, grid)
         return vision.float() if self.config.sensitivity == "uniform" else sensitivity.uniform(answer | vision)
 
-    def _points(self, work: Work) -> sensitivity.Rule:
+    def points(self, work: Work) -> sensitivity.Rule:
         """The rule for a group: the coarse Gauss rule where on one sample it gives the same weights as the fine one."""
         if self.config.quadrature == "riemann":
             return sensitivity.rule("riemann", self.config.steps or sensitivity.RIEMANN)
@@ -184,11 +189,15 @@ class Block:
             if found:
                 weights, errors = zip(*found, strict=True)
                 return torch.cat(weights), torch.cat(errors)
-        raw, error = self._importance(group, part, points)
-        return sensitivity.clipped(place.to_grid(raw), place.grid, fallback=not self.config.official), error
+        raw, error = self.importance(group, part, points)
+        return self.shares(place.to_grid(raw), place), error
 
-    def _importance(self, group: Group, part: Part, points: sensitivity.Rule) -> tuple[Tensor, Tensor]:
-        seen, place = self._ready(part), part.layout
+    def shares(self, raw: Tensor, place: Layout) -> Tensor:
+        """Importance of a grid's tokens as their weights."""
+        return sensitivity.clipped(raw, place.grid, fallback=not self.config.official)
+
+    def importance(self, group: Group, part: Part, points: sensitivity.Rule) -> tuple[Tensor, Tensor]:
+        seen, place = self.ready(part), part.layout
         x, counted = place.view(seen.x), place.counted
         if group.alone:
             with torch.no_grad():
@@ -205,28 +214,28 @@ class Block:
 
     def _integrate(self, group: Group, seen: Seen, place: Layout, points: sensitivity.Rule) -> sensitivity.Attribution:
         """f and f_q along the path, as functions of what the group's linears put out."""
-        biases = [self._bias(n) for n in group.linears] * 2
+        biases = [self.bias(n) for n in group.linears] * 2
         with torch.no_grad():
-            ends = list(seen.ys) or [F.linear(seen.x, self.weight(n).to(self.dtype), self._bias(n)) for n in group.linears]
-            ends += [F.linear(seen.x, self.rounded(n), self._bias(n)) for n in group.linears]
+            ends = list(seen.ys) or [F.linear(seen.x, self.weight(n).to(self.dtype), self.bias(n)) for n in group.linears]
+            ends += [F.linear(seen.x, self.rounded(n), self.bias(n)) for n in group.linears]
             starts = [None if b is None else b.expand_as(e) for e, b in zip(ends, biases, strict=True)]
-            plain = {n: _returning(y) for n, y in zip(group.linears, ends[len(group.linears) :], strict=True)}
-            self._rounded_outs.append(self._inspect(group, seen.call, plain, place))  # the search wants it, and it is cheap here
+            plain = {n: returning(y) for n, y in zip(group.linears, ends[len(group.linears) :], strict=True)}
+            self._rounded_outs.append(self.inspect(group, seen.call, plain, place))  # the search wants it, and it is cheap here
         inner = [n for n in group.inside if n not in group.linears]
 
         def quantized_at(ys: list[Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
-            given = {n: _returning(y) for n, y in zip(group.linears, ys[len(group.linears) :], strict=True)}
-            return given | {n: _linear(self.rounded(n), self._bias(n)) for n in inner}
+            given = {n: returning(y) for n, y in zip(group.linears, ys[len(group.linears) :], strict=True)}
+            return given | {n: _linear(self.rounded(n), self.bias(n)) for n in inner}
 
         def difference(ys: list[Tensor]) -> Tensor:
-            f = self._inspect(group, seen.call, {n: _returning(y) for n, y in zip(group.linears, ys, strict=False)}, place)
-            return f.float() - self._inspect(group, seen.call, quantized_at(ys), place).float()
+            f = self.inspect(group, seen.call, {n: returning(y) for n, y in zip(group.linears, ys, strict=False)}, place)
+            return f.float() - self.inspect(group, seen.call, quantized_at(ys), place).float()
 
         start = torch.zeros_like(place.view(seen.out), dtype=torch.float32) if group in self._starts_at_zero else None
         end = None
         if self.dtype == self.main_dtype:  # f there has been seen
             with torch.no_grad():
-                end = place.view(seen.out).float() - self._inspect(group, seen.call, quantized_at(ends), place).float()
+                end = place.view(seen.out).float() - self.inspect(group, seen.call, quantized_at(ends), place).float()
         found = sensitivity.integrate(difference, starts, ends, points, place.counted, start, end)
         if all(b is None for b in biases) and not bool(found.start.any()):
             self._starts_at_zero.add(group)
@@ -236,27 +245,31 @@ class Block:
 
     def search(self, work: Work, x_mean: Tensor, on_part: dict[int, list[int]]) -> tuple[int, dict[int, float]]:
         """The winning candidate of a group and the losses; `on_part`: the samples of each piece that stand for all."""
+        evaluate, stride = self.evaluator(work, [search.scale_for(x_mean, r) if r else None for r in search.ratios(self.config.grid)], on_part)
+        with torch.no_grad():
+            return search.SEARCHES[self.config.search](evaluate, self.config.grid, stride)
+
+    def evaluator(self, work: Work, scales: list[Tensor | None], on_part: dict[int, list[int]]) -> tuple[Evaluate, int]:
+        """A function that gives the losses of these candidates (None: plain rounding), and how sparingly to use it."""
         squared = self.config.loss == "mse"
-        ratios = search.ratios(self.config.grid)
-        scales = [search.scale_for(x_mean, r) for r in ratios]
         weights = {n: self.weight(n) for n in work.group.linears}
         known: dict[tuple[int, bool], float] = {}
         some = {id(part): subset(part, on_part.get(part.piece, [])) for part in work.parts}
         no_less = ranks.all_agree(all(s is part for part, s in zip(work.parts, some.values(), strict=True)))
-        grams = self._grams(work) if squared and work.group.alone and not self.config.propagate_error else None
+        grams = self.grams(work) if squared and work.group.alone and not self.config.propagate_error else None
 
         def sums(candidates: list[int], parts: list[Part]) -> Tensor:
             """Per candidate the weighted error, and the total weight."""
             out = torch.zeros(len(candidates) + 1, dtype=torch.float64)
             out[-1] = sum(float(part.weights.sum()) for part in parts if part.weights is not None)
             for i, k in enumerate(candidates):
-                s = scales[k].to(self.device)
-                tried = {n: self.rounders[n](w, s) if ratios[k] else self.rounded(n) for n, w in weights.items()}
+                scale = scales[k]
+                tried = {n: self.tried(n, w, None if scale is None else scale.to(self.device)) for n, w in weights.items()}
                 if grams is not None:
                     name = work.group.linears[0]
                     out[i] = search.gram_loss(grams, weights[name] - tried[name])
                 else:
-                    out[i] = sum(self._error(work.group, part, weights, tried, squared, plain=not ratios[k]) for part in parts)
+                    out[i] = sum(self.error(work.group, part, weights, tried, squared, plain=scale is None) for part in parts)
             return ranks.summed(out)
 
         def evaluate(candidates: list[int], on_some: bool) -> list[float]:
@@ -268,26 +281,30 @@ class Block:
             known.update({(k, on_some): float(found[i]) / total for i, k in enumerate(new)})
             return [known[k, on_some] for k in candidates]
 
-        with torch.no_grad():
-            return search.SEARCHES[self.config.search](evaluate, self.config.grid, 2 if no_less or self.share(work.group) < CHEAP else 3)
+        return evaluate, 2 if no_less or self.share(work.group) < CHEAP else 3
 
-    def _error(self, group: Group, part: Part, weights: dict[str, Tensor], tried: dict[str, Tensor], squared: bool, plain: bool) -> float:
+    def tried(self, name: str, weight: Tensor, scale: Tensor | None) -> Any:
+        """A linear as a candidate makes it: here its weight."""
+        return self.rounded(name) if scale is None else self.rounders[name](weight, scale)
+
+    def error(self, group: Group, part: Part, weights: dict[str, Tensor], tried: dict[str, Any], squared: bool, plain: bool) -> float:
+        """A part's share of a candidate's loss, weighted."""
         assert part.weights is not None
-        seen, place = self._ready(part), part.layout
+        seen, place = self.ready(part), part.layout
         name = group.linears[0]
         if group.alone and self.config.propagate_error:
-            e = search.token_errors(place.view(seen.out), F.linear(place.view(seen.x), tried[name].to(self.dtype), self._bias(name)), squared)
+            e = search.token_errors(place.view(seen.out), F.linear(place.view(seen.x), tried[name].to(self.dtype), self.bias(name)), squared)
         elif plain and part.rounded_out is not None:
             e = search.token_errors(place.view(seen.out), part.rounded_out.to(self.device), squared)
         elif group.alone:
             error = F.linear(place.view(seen.x), (weights[name] - tried[name]).to(self.dtype)).float()
             e = (error.square() if squared else error.abs()).mean(-1)
         else:
-            forwards = {n: _linear(w.to(self.dtype), self._bias(n)) for n, w in tried.items()}
-            e = search.token_errors(place.view(seen.out), self._inspect(group, seen.call, forwards, place), squared)
+            forwards = {n: _linear(w.to(self.dtype), self.bias(n)) for n, w in tried.items()}
+            e = search.token_errors(place.view(seen.out), self.inspect(group, seen.call, forwards, place), squared)
         return float((e * place.from_grid(part.weights)).sum(dtype=torch.float64))
 
-    def _grams(self, work: Work) -> Tensor | None:
+    def grams(self, work: Work) -> Tensor | None:
         """The weighted Gram matrix of the group's input where that saves work."""
         rows, columns = self.weight(work.group.linears[0]).shape
         tokens = ranks.summed(torch.tensor([sum(p.seen.x.shape[:-1].numel() for p in work.parts)], dtype=torch.float64))
@@ -304,7 +321,7 @@ def _cloning(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: forward(x).clone()
 
 
-def _returning(y: Tensor) -> Callable[[Tensor], Tensor]:
+def returning(y: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: y
 
 

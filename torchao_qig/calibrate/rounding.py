@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchao_qig.calibrate import ranks
-from torchao_qig.calibrate.apply import Scales
+from torchao_qig.calibrate.apply import Scales, rounding_forward
 from torchao_qig.calibrate.block import Block
 from torchao_qig.calibrate.compensate import clipped_qparams, compensated, row_errors, target
 from torchao_qig.calibrate.distort import Distortion
@@ -44,9 +44,14 @@ class Rounding:
         for change in self.scales.norms:
             assert change.value is not None
             self._set(inside[id(change.module)], change.name, change.value)
+        self.integers = block.config.int8_activations
         for inner in configs:
             weight, bias = self._scaled(inner)
             self._put(inner, weight)
+            if self.integers:
+                linear = self.bent.get_submodule(inner)
+                assert isinstance(linear, nn.Linear)
+                linear.forward = rounding_forward(linear, self.scales.before.get(join(name, inner)), block.config.official)
             if bias is not None:
                 self._set(inner, "bias", bias)
 
@@ -81,7 +86,7 @@ class Rounding:
             sizes = [len(w) for w in weights]
             for inner, c, s, z, d in zip(names, *(t.split(sizes) for t in (codes, scale, zero, dense)), strict=True):
                 self._put(inner, d)
-                packed[join(self.name, inner)] = PackedIntTensor.from_codes(c, s, z, config.bits, config.group_size).cpu()
+                packed[join(self.name, inner)] = PackedIntTensor.from_codes(c, s, z, config.bits, config.group_size, config.int8_activations).cpu()
         return packed, (nearest, final)
 
     def _grams(self, work: Work) -> Grams:
@@ -98,6 +103,8 @@ class Rounding:
             weights = part.layout.from_grid(part.weights).reshape(-1, 1).to(self.block.device)
             exact = rows(part, part.exact) if columns is None else rows(part, part.exact) / columns
             now = exact if seen is None else rows(part, seen.x) if before is None else rows(part, seen.x) * before
+            if self.integers:
+                now = affine.fake_quantize_rows(now)
             total += torch.stack([(weights * now).T @ now, (weights * (exact - now)).T @ now])
         return Grams(*ranks.summed(total))
 

@@ -15,20 +15,21 @@ from tqdm import tqdm
 
 from torchao_qig.calibrate import gather, modality, ranks, resume, search
 from torchao_qig.calibrate.allocate import allocate
-from torchao_qig.calibrate.apply import grid_of, rounder
+from torchao_qig.calibrate.apply import grid_of, integer_product, rounder
 from torchao_qig.calibrate.batches import Batch, naming, read
 from torchao_qig.calibrate.block import CHEAP, DEAR, Block
 from torchao_qig.calibrate.chains import Chain, NotRun, find_chains, quiet
 from torchao_qig.calibrate.distort import Distortion, quantized_so_far
 from torchao_qig.calibrate.fold import Fold, Folds, SmallRun
 from torchao_qig.calibrate.groups import Group, join, labels, linears_in
+from torchao_qig.calibrate.int8 import Int8Block, smoothing_scale
 from torchao_qig.calibrate.plan import Plan, choose
 from torchao_qig.calibrate.result import Calibration, GroupResult
 from torchao_qig.calibrate.rounding import Rounding
 from torchao_qig.calibrate.store import Store
 from torchao_qig.calibrate.stream import Piece, Stream
 from torchao_qig.calibrate.work import Work
-from torchao_qig.config import FULL, QIGWeightOnlyConfig
+from torchao_qig.config import FULL, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Run:
         self.model, self.config, self.linears = model, config, linears
         self.found = Calibration(settings=config.public())
         self.started = time.perf_counter()
-        self.folds = Folds(model) if config.fold and config.sensitivity is not None else None  # no scales, nothing to fold
+        self.folds = Folds(model) if config.fold and config.equalizes else None  # no scales, nothing to fold
         self.ran: set[str] = set()  # linears that took part
         self.searched = 0  # groups so far
         self.distortion: Distortion | None = None
@@ -91,7 +92,7 @@ class Run:
         logger.info("%s", plan)
         if self.config.verbose and ranks.rank() == 0:
             tqdm.write(str(plan), file=sys.stderr)
-        if self.config.sensitivity is not None or self.config.rounds:
+        if self.config.equalizes or self.config.rounds:
             self._run_chains(plan, [first, *batches])
         self.found.grids = {n: grid_of(self.linears[n]) for n in sorted(plan.linears)}
         self._describe()
@@ -139,7 +140,7 @@ class Run:
             self.ratios = modality.Ratios.measured(self.model, chain, plan.linears, batches, stream.pieces, self.config.modality_ratio)
         if last:
             batches.clear()  # large images are no longer needed
-        apart = self.config.compensate or (self.config.propagate_error and not chain.whole_model)
+        apart = self.config.compensate or (self.config.on_quantized_inputs and (self.config.int8_activations or not chain.whole_model))
         self.distortion = Distortion(stream) if apart else None
         done, progress = self._resume(stream, chain)
         bar = tqdm(total=len(chain.names), initial=done, desc="calibrating", unit="block", disable=not self.config.verbose or ranks.rank() > 0)
@@ -179,7 +180,7 @@ class Run:
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         if self.config.compute_dtype is not None:
             return self.config.compute_dtype
-        if self.config.quadrature == "riemann":
+        if self.config.quadrature == "riemann" or self.config.int8_activations:  # bfloat16's steps are as large as int8's
             return torch.float32
         fast = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else True
         return torch.bfloat16 if fast else torch.float32
@@ -227,7 +228,11 @@ class Run:
         module = self.model.get_submodule(name)
         mine = {n: self.linears[join(name, n)] for n in linears_in(module) if join(name, n) in plan.linears}
         rounders = {n: rounder(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()}
-        block = Block(module, rounders, stream, self.config, self._compute_dtype(stream.device), self.steps)
+        given = module, rounders, stream, self.config, self._compute_dtype(stream.device), self.steps
+        if self.config.int8_activations:
+            block: Block = Int8Block(*given, products={n: integer_product(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()})
+        else:
+            block = Block(*given)
         finder = self.folds.finder(module, block.exact, SmallRun(stream), block.device, list(mine)) if mine and self.folds else None
         block.observe()
         self.ran |= {join(name, n) for w in block.works for n in w.group.linears}
@@ -242,8 +247,8 @@ class Run:
         results: list[GroupResult] = []
         for work in block.works:
             placed = folds[work.group] is not None or self.config.pre_scale
-            if placed and self.config.sensitivity is not None:
-                bent = quantized_so_far(block, name, results, mine) if self.config.propagate_error else None
+            if placed and self.config.equalizes:
+                bent = quantized_so_far(block, name, results, mine) if self.config.on_quantized_inputs else None
                 results.append(self._run_group(block, work, names[work.group], name, folds[work.group], bent))
             elif self.config.rounds:  # it stays without a scale
                 self._weigh(block, work, name)
@@ -261,22 +266,40 @@ class Run:
 
     def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None, bent: nn.Module | None) -> GroupResult:
         pieces = block.stream.pieces
-        self._weigh(block, work, block_name)
+        if not self.config.int8_activations:
+            self._weigh(block, work, block_name)
         if self.distortion and bent is not None:
             self.distortion.feed(block, bent, work)
+        if self.config.int8_activations:  # token weights are about those inputs
+            self._weigh(block, work, block_name)
         x_mean = work.x_mean(block.weight(work.group.linears[0]).shape[1], block.device)
-        winner, losses = block.search(work, x_mean, self._part(pieces, block.share(work.group)))
+        part = self._part(pieces, block.share(work.group))
+        ratio, winner, losses, scale = self._smoothed(block, work, part) or self._searched(block, work, x_mean, part)
         weights = gather.token_weights(work, pieces)
         if weights is not None:
             self.found.tokens[label], self.found.completeness[label] = weights
-        ratio = search.ratios(self.config.grid)[winner]
         result = GroupResult(
             label=label, block=block_name, linears=[join(block_name, n) for n in work.group.linears], inspected=join(block_name, work.group.inspected),
             weighting=work.weighting, fold_kind=fold.kind if fold else "act_pre_scale", fold_into=join(block_name, fold.producer) if fold else "",
-            ratio=ratio, winner=winner, losses=losses, x_mean=x_mean.cpu(), scale=search.scale_for(x_mean, ratio).cpu(),
+            ratio=ratio, winner=winner, losses=losses, x_mean=x_mean.cpu(), scale=scale.cpu(),
         )  # fmt: skip
         self.found.groups[label] = result
         return result
+
+    def _searched(self, block: Block, work: Work, x_mean: Tensor, part: dict[int, list[int]]) -> tuple[float, int, dict[int, float], Tensor]:
+        """Ratio, number, losses and scale of the winning candidate."""
+        winner, losses = block.search(work, x_mean, part)
+        ratio = search.ratios(self.config.grid)[winner]
+        return ratio, winner, losses, search.scale_for(x_mean, ratio)
+
+    def _smoothed(self, block: Block, work: Work, part: dict[int, list[int]]) -> tuple[float, int, dict[int, float], Tensor] | None:
+        """The same for SmoothQuant, whose scale is not searched; None where it was not asked for."""
+        if not isinstance(self.config, QIGInt8DynamicActivationConfig) or self.config.smoothquant is None:
+            return None
+        scale = smoothing_scale(work, [block.weight(n) for n in work.group.linears], self.config.smoothquant)
+        evaluate, _ = block.evaluator(work, [None, scale], part)
+        with torch.no_grad():
+            return self.config.smoothquant, 1, dict(enumerate(evaluate([0, 1], False))), scale
 
     def _weigh(self, block: Block, work: Work, block_name: str) -> None:
         warming_up = self.searched < self.config.warmup_groups

@@ -39,6 +39,7 @@ class Work:
     parts: list[Part] = field(default_factory=list)
     total: Tensor | None = None
     count: float = 0.0
+    peak: Tensor | None = None  # of |x| per channel, for SmoothQuant
     weighting: str = "none"
 
     def only_inputs(self) -> None:
@@ -80,5 +81,5 @@ def subset(part: Part, rows: list[int]) -> Part | None:
         part.piece,
         Seen(*cut(tuple(part.seen), rows, size)),
         place,
-        *(None if t is None else t[rows] for t in (part.weights, part.completeness, part.rounded_out)),
+        *(None if t is None else t[rows] for t in (part.weights, part.completeness, part.rounded_out, part.exact_x)),
     )

@@ -82,7 +82,8 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         qdata, scale, zero = ctx.saved_tensors
-        grad_x = grad @ dequantize(qdata, scale, zero, *ctx.layout, grad.dtype)
+        group_size, rows, columns = ctx.layout
+        grad_x = grad @ dequantize(qdata, scale, zero, group_size, rows, columns, grad.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.sum(0)
     return (grad_x, *[None] * 5, grad_bias, *[None] * 5)

@@ -1,0 +1,248 @@
+"""`quantize_(model, QIGInt8DynamicActivationConfig(...))`: every way to choose scales and integers, architectures, files, other base configs."""
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, Int8DynamicActivationIntxWeightConfig, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
+
+import torchao_qig
+from tests.plain_models import Block, Decoder, tokens
+from tests.test_qig import FAMILIES, packed, run
+from tests.tiny_models import language_model, llama, qwen2
+from torchao_qig import Calibration, PackedIntTensor, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.calibrate.apply import changes, commit
+
+QUICK = partial(QIGInt8DynamicActivationConfig, grid=6, compensate=False, verbose=False)
+WAYS: dict[str, dict[str, Any]] = {
+    "qig": {"sensitivity": "qig"}, "qig, clean reference": {"sensitivity": "qig", "propagate_error": True},
+    "riemann": {"sensitivity": "qig", "quadrature": "riemann"},
+    "modality": {"sensitivity": "modality", "modality_ratio": 0.5}, "uniform": {"sensitivity": "uniform", "loss": "mse"}, "smoothquant": {"smoothquant": 0.5},
+    "compensate": {"sensitivity": None, "compensate": True}, "all": {"sensitivity": "qig", "compensate": True, "clip": True},
+    "grouped": {"sensitivity": "qig", "group_size": 16}, "8 bits": {"sensitivity": "qig", "bits": 8}, "asymmetric": {"sensitivity": "qig", "symmetric": False},
+}  # fmt: skip
+
+
+def plain() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(1)
+    model = Decoder(partial(Block, kv_heads=2))
+    with torch.no_grad():
+        model.embed.weight[:, ::9] *= 6  # outlier channels
+    ids = tokens(4, 12)
+    return model, {"input_ids": ids, "vision_mask": (torch.arange(12) < 5).expand(4, -1)}
+
+
+def called(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    return run(model, {k: v for k, v in inputs.items() if k != "vision_mask"})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_choosing(way: str) -> None:
+    """Integer linears everywhere; the model that calibration simulated is the one that comes out."""
+    model, inputs = plain()
+    config = QUICK(**WAYS[way])
+    found = torchao_qig.calibrate(model, [inputs], config)
+    made, simulated, exact = copy.deepcopy(model), copy.deepcopy(model), called(model, inputs)
+    config.calib = found
+    quantize_(made, config)
+    weights = packed(made)
+    assert weights.keys() == found.grids.keys() != set()
+    assert all(w.int8_activations and w.bits == config.bits and w.group_size == config.group_size for w in weights.values())
+    if not config.rounds:
+        commit(changes(simulated, found, dict.fromkeys(found.grids, config), simulate=True))
+        torch.testing.assert_close(called(made, inputs), called(simulated, inputs), rtol=1e-3, atol=1e-3)
+    rounded = copy.deepcopy(model)
+    quantize_(rounded, QUICK(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric, sensitivity=None), filter_fn=lambda m, n: n in weights)
+    error, plainly = ((called(m, inputs) - exact).square().mean() for m in (made, rounded))
+    assert error < {"smoothquant": 3.0, "8 bits": 1.02}.get(way, 1.0) * plainly  # SmoothQuant thinks of activations, four bits hurt the weights
+    if config.equalizes and way != "smoothquant":
+        assert all(g.loss <= g.rounding_loss for g in found.groups.values())
+        assert sum(g.loss for g in found.groups.values()) < sum(g.rounding_loss for g in found.groups.values())
+
+
+def test_defaults() -> None:
+    """Four bits, a scale per row; integers chosen as for weights alone, and scales where integers are not ours."""
+    config = QIGInt8DynamicActivationConfig()
+    assert (config.bits, config.group_size, config.symmetric) == (4, -1, True)
+    assert (config.compensate, config.sensitivity) == (True, None)
+    assert QIGInt8DynamicActivationConfig(compensate=False).sensitivity == "qig"
+    assert QIGInt8DynamicActivationConfig(smoothquant=0.5, compensate=False).sensitivity is None
+    paper = QIGInt8DynamicActivationConfig.paper()
+    assert (paper.sensitivity, paper.official, paper.warmup_groups, paper.compensate, paper.bits, paper.group_size) == ("qig", True, 0, False, 4, -1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"smoothquant": 1.5}, "smoothquant=1.5"), ({"smoothquant": "0.5"}, "smoothquant='0.5'"),
+        ({"smoothquant": 0.5, "sensitivity": "qig"}, "both choose scales"),
+        ({"bits": 8, "symmetric": False}, "symmetric=True"), ({"bits": {"a": 8}, "symmetric": False}, "symmetric=True"), ({"bits": 0}, "bits=0"),
+        ({"smoothquant": 0.5, "fold": False, "pre_scale": False}, "nowhere to put a scale"), ({"group_size": 100}, "group_size=100"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
+    """Before anything is touched."""
+    with pytest.raises(ValueError, match=words):
+        QIGInt8DynamicActivationConfig(**arguments)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture(family: str, tmp_path: Path) -> None:
+    """QIG's scales and plain transformers' loader: the same logits from the file, and the config that names the form."""
+    model, inputs = FAMILIES[family]()
+    quantize_(model, QUICK(grid=3, search="exhaustive", calib=[inputs]))
+    assert packed(model)
+    assert all(w.int8_activations for w in packed(model).values())
+    torchao_qig.save_pretrained(model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(w.int8_activations for w in packed(loaded).values())
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_type"]["default"]
+    assert described["_type"] == "QIGInt8DynamicActivationConfig"
+
+
+def test_whole_layer_compiles() -> None:
+    """One graph, its numbers those of eager; linears that share an input share its rounding."""
+    model, inputs = FAMILIES["llava_onevision"]()
+    quantize_(model, QUICK(calib=[inputs], sensitivity="qig"))
+    layer = language_model(model).layers[1]
+    for batch in (1, 20):
+        x = torch.randn(batch, 5, 128)
+        with torch.no_grad():
+            positions = language_model(model).rotary_emb(x, torch.arange(5)[None])
+            expected = layer(x, position_embeddings=positions)
+            torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x, position_embeddings=positions), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_forms_of_the_call(tmp_path: Path) -> None:
+    """One call; a calibration from a file; prepare and convert; through FqnToConfig beside weight-only linears; the config's JSON."""
+    model, inputs = llama()
+    config = partial(QUICK, compensate=True, sensitivity="qig")
+    models = [copy.deepcopy(model) for _ in range(4)]
+    found = torchao_qig.calibrate(model, [inputs], config())
+    found.save(tmp_path)
+    quantize_(models[0], config(calib=[inputs]))
+    quantize_(models[1], config(calib=Calibration.load(tmp_path)))
+    quantize_(models[2], config(step="prepare"))
+    models[2](**inputs)
+    quantize_(models[2], config(step="convert"))
+    expected = run(models[0], inputs)
+    for other in models[1:3]:
+        assert torch.equal(run(other, inputs), expected)
+    weight_only = QIGWeightOnlyConfig(bits=4, group_size=32, compensate=False, sensitivity=None)
+    quantize_(models[3], FqnToConfig({r"re:.*mlp.*": QUICK(sensitivity=None), r"re:.*self_attn.*": weight_only}), filter_fn=None)
+    assert {w.int8_activations for n, w in packed(models[3]).items() if "mlp" in n} == {True}
+    assert {w.int8_activations for n, w in packed(models[3]).items() if "self_attn" in n} == {False}
+    assert config_from_dict(config_to_dict(config())) == config(verbose=True)
+
+
+@settings(max_examples=10)
+@given(st.permutations(range(4)), st.sampled_from([1, 2, None]))
+def test_order_and_pieces_do_not_matter(order: list[int], micro_batch: int | None) -> None:
+    """The same scales whatever batches the samples come in, but for an activation that rounds to the other side."""
+    model, inputs = plain()
+    whole = torchao_qig.calibrate(model, [inputs], QUICK())
+    parts = [{k: v[i : i + 1] for k, v in inputs.items()} for i in order]
+    again = torchao_qig.calibrate(model, parts, QUICK(micro_batch=micro_batch))
+    for label, group in whole.groups.items():
+        torch.testing.assert_close(again.groups[label].x_mean, group.x_mean, rtol=1e-3, atol=1e-5)
+        same = {k: v for k, v in again.groups[label].losses.items() if k in group.losses}
+        assert 0 in same
+        assert all(v == pytest.approx(group.losses[k], rel=2e-2) for k, v in same.items())
+
+
+def test_smoothquant_is_its_formula() -> None:
+    """max |x| ** alpha / max |W| ** (1 - alpha), per channel, over the linears of a group; the function stays."""
+    model, inputs = qwen2()
+    alpha = 0.7
+    found = torchao_qig.calibrate(model, [inputs], QUICK(smoothquant=alpha))
+    seen: dict[str, Tensor] = {}
+    for name, m in model.named_modules():
+        if name in found.grids:
+            m.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0].abs().flatten(0, -2).amax(0)))
+    exact = run(model, inputs)
+    assert found.groups
+    for group in found.groups.values():
+        widest = torch.stack([model.get_submodule(n).weight.detach().abs().amax(0) for n in group.linears]).amax(0)
+        torch.testing.assert_close(group.scale, seen[group.linears[0]] ** alpha / widest ** (1 - alpha))
+        assert group.ratio == alpha
+        assert set(group.losses) == {0, 1}
+    quantize_(model, QUICK(bits=8, smoothquant=alpha, calib=[inputs]))
+    assert (run(model, inputs) - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_the_first_group_has_no_path() -> None:
+    """Before the first rounding both inputs are one: the published weights are zero and choose nothing, ours are uniform."""
+    model, inputs = llama()
+    label = "model.layers.0.self_attn"
+    paper = torchao_qig.calibrate(model, [inputs], QIGInt8DynamicActivationConfig.paper(verbose=False))
+    assert not torch.stack(paper.tokens[label]).any()
+    assert paper.groups[label].winner == 0
+    ours = torchao_qig.calibrate(model, [inputs], QUICK(grid=20))
+    weights = torch.stack(ours.tokens[label])
+    assert torch.equal(weights, torch.full_like(weights, 1 / weights.shape[1]))
+    later = torch.stack(ours.tokens["model.layers.1.mlp"])
+    assert later.std() > 0.03 * later.mean()
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerAxis(0)),
+        Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)),
+        Int8DynamicActivationInt8WeightConfig(),
+    ],
+    ids=["int4 per row", "int4 g32", "int8"],
+)
+@pytest.mark.parametrize("way", ["qig", "smoothquant"])
+def test_base_config(base: Any, way: str) -> None:
+    """torchao's own integer linears, scaled where a fold is exact: nearer to full precision than without."""
+    model, inputs = llama()
+    exact, plainly = run(model, inputs), copy.deepcopy(model)
+    config = partial(QUICK, base_config=base, pre_scale=False, **({"smoothquant": 0.5} if way == "smoothquant" else {}))
+    found = torchao_qig.calibrate(model, [inputs], config())
+    if way == "qig":
+        assert sum(g.loss for g in found.groups.values()) < sum(g.rounding_loss for g in found.groups.values())
+    quantize_(plainly, base, filter_fn=lambda m, n: n in found.grids)
+    quantize_(model, config(calib=found))
+    kinds = {type(model.get_submodule(n).weight) for n in found.grids}
+    assert kinds == {type(plainly.get_submodule(n).weight) for n in found.grids}
+    assert not kinds & {PackedIntTensor, nn.Parameter}
+    errors = [(run(m, inputs) - exact).square().mean() for m in (model, plainly)]
+    assert errors[0] < (1.5 if way == "smoothquant" else 1.05) * errors[1]
+
+
+def test_compensation_sees_rounded_activations() -> None:
+    """The integers are those that serve rounded inputs: better there than integers chosen for exact ones."""
+    model, inputs = plain()
+    with torch.no_grad():
+        for block in model.blocks:  # activations that eight bits hold badly
+            block.mlp.down.weight[:, ::7] *= 0.02
+            block.mlp.up.weight[::7] *= 50
+    exact = called(model, inputs)
+    models = [copy.deepcopy(model) for _ in range(2)]
+    quantize_(models[0], QUICK(compensate=True, sensitivity=None, calib=[inputs]))
+    quantize_(models[1], QIGWeightOnlyConfig(bits=4, group_size=-1, symmetric=True, verbose=False, calib=[inputs]))
+    for w in packed(models[1]).values():
+        w.int8_activations = True
+    errors = [float((called(m, inputs) - exact).square().mean()) for m in models]
+    assert errors[0] < errors[1]
+
+
+def test_linear_alone() -> None:
+    """Without data: a linear outside of any model is rounded to nearest, and says what it is."""
+    linear = nn.Sequential(nn.Linear(64, 32))
+    x, exact = torch.randn(3, 64), linear[0].weight.detach().clone()
+    quantize_(linear, QIGInt8DynamicActivationConfig(bits=8, sensitivity=None, compensate=False))
+    assert "int8 activations" in repr(linear[0].weight.data)
+    assert (linear(x) - F.linear(x, exact, linear[0].bias)).abs().max() < 0.05
