@@ -120,7 +120,8 @@ def main() -> None:
     for setting in args.settings:
         found: dict[str, Answers] = {}
         rows: dict[str, Any] = {}
-        methods = args.methods or (list(INT8_METHODS) if "int8_activations" in SETTINGS[setting] else list(PAPERS))
+        known = INT8_METHODS if "int8_activations" in SETTINGS[setting] else METHODS
+        methods = [m for m in args.methods or (PAPERS if known is METHODS else known) if m in known]
         for method in methods:
             runs = [bench.run(setting, SETTINGS[setting], method, seed) for seed in range(1 if method == "rtn" else args.seeds)]
             found[method] = averaged([run for run, _ in runs])

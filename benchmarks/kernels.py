@@ -1,6 +1,7 @@
 """Packed linears against bf16 and fp32 `F.linear`, all compiled, in one run.
 
     python -m benchmarks.kernels --threads 2 --name kernels_cpu_2threads
+    python -m benchmarks.kernels --threads 2 --int8-activations --name kernels_w4a8_cpu_2threads    # integer products, one scale per row
 
 A call's overhead is amortised over a chain of linears in one compiled graph, each feeding the next, as in a model; the
 chain's weights rotate through so many copies that no cache holds them (`--rotate` bytes of packed weights). Every figure
@@ -45,12 +46,14 @@ def copies_of(w: Tensor, count: int) -> list[Tensor]:
     return [w, *(w.clone() for _ in range(count - 1))]
 
 
-def measure(shape: tuple[int, int], bits: int, m: int, group_size: int, rotate: float, repeats: int, device: str, bandwidth: float) -> dict[str, object]:
+def measure(
+    shape: tuple[int, int], bits: int, m: int, group_size: int, int8: bool, rotate: float, repeats: int, device: str, bandwidth: float
+) -> dict[str, object]:
     n, k = shape
     length = 1 if m > 64 else 2 if m > 1 else 8
     x = torch.randn(m, k, device=device).bfloat16()
     dense = torch.randn(n, k, device=device).bfloat16()
-    packed = PackedIntTensor.from_hp(dense, bits, group_size)
+    packed = PackedIntTensor.from_hp(dense, bits, group_size, symmetric=int8, int8_activations=int8)
     nbytes = packed.nbytes_packed()
     sets = max(1, round(rotate / (nbytes * length))) if m <= 64 else 1
     runs: dict[str, Callable[[], object]] = {}
@@ -76,15 +79,20 @@ def measure(shape: tuple[int, int], bits: int, m: int, group_size: int, rotate: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 128, 512])
+    parser.add_argument("--int8-activations", action="store_true")
+    parser.add_argument("--bits", type=int, nargs="+", help="by default 3 and 4, or 4 with int8 activations")
+    parser.add_argument("--rows", type=int, nargs="+", help="by default 1, 4, 16, 128 and 512, or 1, 16, 128, 512 and 2048 with int8 activations")
     parser.add_argument("--shapes", type=lambda s: tuple(map(int, s.split("x"))), nargs="+", default=SHAPES, metavar="NxK")
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=int, help="by default 128, or -1 (one scale per row) with int8 activations")
     parser.add_argument("--rotate", type=float, default=2.0e8, help="bytes of packed weights to rotate through")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="kernels")
     args = parser.parse_args()
+    int8 = args.int8_activations
+    args.bits = args.bits or ([4] if int8 else [3, 4])
+    args.rows = args.rows or ([1, 16, 128, 512, 2048] if int8 else [1, 4, 16, 128, 512])
+    args.group_size = args.group_size or (-1 if int8 else 128)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     bandwidth = timing.read_bandwidth(args.device)
@@ -92,7 +100,7 @@ def main() -> None:
         **timing.machine(args.device),
         "threads": args.threads,
         "read bandwidth GB/s": round(bandwidth / 1e9, 1),
-        "activations": "bf16",
+        "activations": "bf16, rounded to int8" if int8 else "bf16",
         "group": args.group_size,
     }
     print(about, flush=True)
@@ -101,7 +109,7 @@ def main() -> None:
         for bits in args.bits:
             for m in args.rows:
                 repeats = args.repeats if m <= 64 else max(5, args.repeats // 3)
-                rows.append(measure(shape, bits, m, args.group_size, args.rotate, repeats, args.device, bandwidth))
+                rows.append(measure(shape, bits, m, args.group_size, int8, args.rotate, repeats, args.device, bandwidth))
                 print(rows[-1], flush=True)
                 timing.write(args.name, about, rows)
 

@@ -47,6 +47,7 @@ INT8_METHODS: dict[str, Callable[..., QIGWeightOnlyConfig]] = {
     "mbq": partial(QIGInt8DynamicActivationConfig, sensitivity="modality", **SCALES),
     "qig-paper": QIGInt8DynamicActivationConfig.paper,
     "qig": partial(QIGInt8DynamicActivationConfig, sensitivity="qig", **SCALES),
+    "qig-clean": partial(QIGInt8DynamicActivationConfig, sensitivity="qig", propagate_error=True, **SCALES),  # against outputs of full precision
     "default": QIGInt8DynamicActivationConfig,
     "default+qig": partial(QIGInt8DynamicActivationConfig, sensitivity="qig"),
 }

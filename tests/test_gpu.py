@@ -21,6 +21,18 @@ def test_compiled_linear_agrees_with_the_cpu(bits: int, rows: int) -> None:
     torch.testing.assert_close(y.cpu(), F.linear(x, w), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("group_size", [-1, 64])
+@pytest.mark.parametrize("rows", [1, 5, 20, 100])
+def test_integer_linear_agrees_with_the_cpu(group_size: int, rows: int) -> None:
+    """Eager and compiled there, decode and prefill, are the integers of here."""
+    device = torch.accelerator.current_accelerator()
+    w = PackedIntTensor.from_hp(torch.randn(256, 512), 4, group_size, symmetric=True, int8_activations=True)
+    x, moved = torch.randn(rows, 512), w.to(device)
+    expected = F.linear(x, w)
+    for linear in (F.linear, torch.compile(F.linear, fullgraph=True, dynamic=False)):
+        torch.testing.assert_close(linear(x.to(device), moved).cpu(), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_pinned_memory() -> None:
     """For transfers that overlap."""
     w = PackedIntTensor.from_hp(torch.randn(64, 128), 3, 128).pin_memory()

@@ -30,6 +30,7 @@ try:
         raise ImportError(f"quantize_ has no longer the variables {QUANTIZE_LOCALS}")
     for _needed in ("_fqn_to_config_handler", "fqn_matches_fqn_config", "_module_param_matches_fqn_config", "_is_linear"):
         getattr(quant_api, _needed)
+    INT8_DYNAMIC_CONFIGS = (quant_api.Int8DynamicActivationIntxWeightConfig, quant_api.Int8DynamicActivationInt8WeightConfig)
     SAFETENSORS_CLASSES, SAFETENSORS_NAMES = safetensors_utils.ALLOWED_CLASSES, safetensors_utils.ALLOWED_TENSORS_SUBCLASSES
 except (ImportError, AttributeError) as error:
     import torchao
@@ -39,7 +40,7 @@ except (ImportError, AttributeError) as error:
         " install that, or a torchao_qig that supports yours."
     ) from error
 
-__all__ = ["AnnouncedConfig", "QuantizeCall", "find_quantize_call", "quantized_weight", "register", "register_quantize_module_handler"]
+__all__ = ["INT8_DYNAMIC_CONFIGS", "AnnouncedConfig", "QuantizeCall", "find_quantize_call", "quantized_weight", "register", "register_quantize_module_handler"]
 
 
 def register(tensor_class: type) -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torchao.core.config import AOBaseConfig
 
-from torchao_qig._compat import AnnouncedConfig, QuantizeCall
+from torchao_qig._compat import INT8_DYNAMIC_CONFIGS, AnnouncedConfig, QuantizeCall
 from torchao_qig.tensor.affine import check_grid
 
 FULL = 16  # bits of a weight that is not quantized
@@ -194,6 +194,11 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         return self.sensitivity is not None
 
     @property
+    def smoothing(self) -> float | None:
+        """SmoothQuant's alpha, for its scales instead of a search."""
+        return None
+
+    @property
     def on_quantized_inputs(self) -> bool:
         """Whether candidates are tried on the inputs that the model quantized so far has."""
         return self.propagate_error
@@ -261,7 +266,8 @@ class QIGInt8DynamicActivationConfig(QIGWeightOnlyConfig):
     Args, beside those of `QIGWeightOnlyConfig`:
         bits, group_size, symmetric: here 4 bits, one scale per row, a grid centred on zero; 8 bits have to be symmetric.
         smoothquant: no search, but SmoothQuant's scales with this alpha (0.5): max |x| ** alpha / max |W| ** (1 - alpha).
-        base_config: Int8DynamicActivationIntxWeightConfig, Int8DynamicActivationInt8WeightConfig and the like.
+        base_config: torchao's Int8DynamicActivationIntxWeightConfig or Int8DynamicActivationInt8WeightConfig.
+        quadrature, steps: "gauss": 8 points, without interpolation.
         compute_dtype: None: float32.
     """
 
@@ -277,6 +283,9 @@ class QIGInt8DynamicActivationConfig(QIGWeightOnlyConfig):
             if self.sensitivity not in ("auto", None):
                 raise ValueError(f"sensitivity={self.sensitivity!r} with smoothquant={self.smoothquant!r}: both choose scales; leave one of them out")
         super().__post_init__()
+        if self.base_config is not None and not isinstance(self.base_config, INT8_DYNAMIC_CONFIGS):
+            names = " or ".join(c.__name__ for c in INT8_DYNAMIC_CONFIGS)
+            raise ValueError(f"base_config={self.base_config!r}: does not round activations to int8; pass {names}, or use QIGWeightOnlyConfig")
         widest = max((b for b in self.bits.values() if b != FULL), default=1) if isinstance(self.bits, dict) else self.bits
         if not self.symmetric and widest in (8, "auto") and self.base_config is None:
             raise ValueError(f"bits={self.bits!r}, symmetric=False: integers of 8 bits have to be symmetric beside int8 activations; pass symmetric=True")
@@ -287,6 +296,10 @@ class QIGInt8DynamicActivationConfig(QIGWeightOnlyConfig):
     @property
     def equalizes(self) -> bool:
         return self.sensitivity is not None or self.smoothquant is not None
+
+    @property
+    def smoothing(self) -> float | None:
+        return self.smoothquant
 
     @property
     def on_quantized_inputs(self) -> bool:

@@ -3,8 +3,8 @@
 torchao hands over one parameter at a time. Before the first, `check_assignments` looks at all that will come, so that a
 weight with a NaN stops the call while the model is still whole, and what is left alone is named in one warning.
 
-A `QIGWeightOnlyConfig` with data does all of its work then (`calibrated_call`): calibrate, make every packed weight, and only
-then set them; when torchao comes by with the linears, nothing is left to do.
+A `QIGWeightOnlyConfig` (or `QIGInt8DynamicActivationConfig`) with data does all of its work then (`calibrated_call`): calibrate, make
+every packed weight, and only then set them; when torchao comes by with the linears, nothing is left to do.
 """
 
 import logging
@@ -137,7 +137,7 @@ def _round(
 @_compat.register_quantize_module_handler(QIGInt8DynamicActivationConfig)
 @_compat.register_quantize_module_handler(QIGWeightOnlyConfig)
 def qig_weight_only(module: nn.Module, config: QIGWeightOnlyConfig, *, parameter_name: str = "weight") -> nn.Module:
-    """torchao's handler. With data the first call has done everything already; without, weights are rounded to nearest."""
+    """torchao's handler, for both configs. With data the first call has done everything already; without, weights are rounded to nearest."""
     call = _compat.find_quantize_call()
     if config.calib is None and config.step is None:
         if call is not None and call.names_modules and _is_first(module, parameter_name, call):
@@ -159,7 +159,8 @@ def _uncalibrated(weight: Tensor, config: QIGWeightOnlyConfig) -> Tensor:
     if config.base_config is not None:
         packed = _compat.quantized_weight(weight, config.base_config)
     else:
-        packed = PackedIntTensor.from_hp(weight, config.bits, config.group_size, config.symmetric, config.dtype, config.official, config.int8_activations)
+        packed = PackedIntTensor.from_hp(weight, config.bits, config.group_size, config.symmetric, config.dtype, config.official)
+        packed.int8_activations = config.int8_activations and weight.dim() == 2  # stacks of experts are multiplied by other products
     if config.pre_scaled:
         packed.act_pre_scale = torch.ones(weight.shape[-1], dtype=weight.dtype, device=weight.device)
     return packed
@@ -186,6 +187,11 @@ def calibrated_call(call: _compat.QuantizeCall) -> None:
         if sum(isinstance(m, nn.Linear) for m in call.model.modules()) > 1 and (config.equalizes or config.rounds):
             warnings.warn("calib=None: weights are rounded to nearest, without calibration; pass calib= to calibrate", stacklevel=4)
         return
+    if len({a.config.int8_activations for a in assigned}) > 1:
+        raise ValueError(
+            f"calib: QIGWeightOnlyConfig and QIGInt8DynamicActivationConfig with data in one {type(call.config).__name__}; calibrate each on its own"
+            " (torchao_qig.calibrate with filter_fn), then call quantize_ twice, with one calibration each"
+        )
     from torchao_qig.calibrate.apply import changes, commit
     from torchao_qig.calibrate.result import Calibration
     from torchao_qig.calibrate.run import calibrate_linears

@@ -3,7 +3,10 @@
 import copy
 import io
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from torch._inductor.utils import run_and_get_code
 from tests.strategies import DTYPES, Case, cases
 from torchao_qig import PackedIntTensor
 from torchao_qig.tensor import affine
-from torchao_qig.tensor.int8 import DECODE_ROWS
+from torchao_qig.tensor.int8 import DECODE_ROWS, in_halves
 from torchao_qig.tensor.linear import KERNELS
 
 ODD = [float("nan"), float("inf"), float("-inf")]
@@ -41,11 +44,11 @@ def integers(bits: int, rows: int, columns: int, group_size: int, symmetric: boo
     return weight, codes.long() - zero.long().repeat_interleave(width, 1)
 
 
-def product(codes: Tensor, w: PackedIntTensor, decode: bool = False) -> Tensor:
+def product(codes: Tensor, w: PackedIntTensor, decode: bool = False, halves: bool = False) -> Tensor:
     """The operator on given codes with scales of 1: nothing but the integers, in float64, which holds them all."""
     ones = torch.ones(len(codes), 1, dtype=torch.float64)
     x = torch.empty(codes.shape, dtype=torch.float64)
-    return torch.ops.torchao_qig.int8_linear(x, codes, ones, w.qdata, w.scale, w.zero_point, None, w.group_size, w.rows, w.columns, decode, KERNELS)
+    return torch.ops.torchao_qig.int8_linear(x, codes, ones, w.qdata, w.scale, w.zero_point, None, w.group_size, w.rows, w.columns, decode, halves, KERNELS)
 
 
 @given(
@@ -59,6 +62,34 @@ def test_result_is_the_exact_integer_product(bits: int, rows: int, shape: tuple[
     codes = torch.randint(-127, 128, (m, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(seed + 1))
     codes = torch.where(codes > 0, 127, -127).to(torch.int8) if extreme else codes
     assert torch.equal(product(codes, w).long(), codes.long() @ exact.T)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_halves_make_a_whole(bits: int, group_size: int) -> None:
+    """Wide codes in two products, eager and compiled."""
+    w, exact = integers(bits, 33, 256, group_size, bits == 8, 0, False)
+    codes = torch.randint(-127, 128, (DECODE_ROWS + 4, 256), dtype=torch.int8)
+    for linear in (product, torch.compile(product, fullgraph=True, dynamic=False)):
+        assert torch.equal(linear(codes, w, False, True).long(), codes.long() @ exact.T)
+
+
+def test_a_processor_that_clips_gets_halves() -> None:
+    """oneDNN without VNNI instructions: in a process of its own, since it looks at them once."""
+    code = "from tests.tensor.test_int8 import largest; largest()"
+    for isa, halves in (("AVX2", True), ("AVX512_CORE", True), ("DEFAULT", None)):
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert halves is None or done.stdout.split()[-1] == str(halves)
+
+
+def largest() -> None:
+    """The largest products of 8 bits and of 7 asymmetric ones are exact through the linear itself."""
+    x = torch.ones(8, 256)
+    for bits, symmetric in ((8, True), (7, False)):
+        w = PackedIntTensor.from_hp(torch.full((16, 256), 2.0), bits, -1, symmetric, int8_activations=True)
+        torch.testing.assert_close(F.linear(x, w), torch.full((8, 16), 512.0), rtol=1e-5, atol=0)
+    print(in_halves(8, x.device))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -257,5 +288,5 @@ def test_operator_keeps_torch_library_rules(dtype: torch.dtype) -> None:
     w = packed(dtype=dtype)
     x = torch.randn(3, 256, dtype=dtype, requires_grad=True)
     codes, scale = affine.quantize_rows(x.detach())
-    arguments = (x, codes, scale, w.qdata, w.scale, w.zero_point, None, -1, 64, 256, True, KERNELS)
+    arguments = (x, codes, scale, w.qdata, w.scale, w.zero_point, None, -1, 64, 256, True, False, KERNELS)
     torch.library.opcheck(torch.ops.torchao_qig.int8_linear.default, arguments)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchao_qig._compat import quantized_weight
 from torchao_qig.calibrate.fold import norm_parameters, pre_scale, scaled_linear
-from torchao_qig.calibrate.result import Calibration, GroupResult
+from torchao_qig.calibrate.result import INT8, Calibration, GroupResult
 from torchao_qig.config import QIGWeightOnlyConfig
 from torchao_qig.tensor import PackedIntTensor, affine
 
@@ -25,8 +25,9 @@ class Change(NamedTuple):
 
 
 def grid_of(config: QIGWeightOnlyConfig) -> list[Any]:
-    """What a weight is rounded to, as JSON."""
-    return [repr(config.base_config)] if config.base_config is not None else [config.bits, config.group_size, config.symmetric]
+    """What a weight is rounded to, as JSON; and what its activations are."""
+    grid = [repr(config.base_config)] if config.base_config is not None else [config.bits, config.group_size, config.symmetric]
+    return [*grid, INT8] if config.int8_activations else grid
 
 
 def rounder(config: QIGWeightOnlyConfig, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -94,9 +95,7 @@ def _chosen(name: str, found: Calibration, targets: dict[str, QIGWeightOnlyConfi
     missing = sorted({n for g in together for n in (*g.linears, *into[g.label])} - set(targets))
     if missing:
         raise ValueError(f"calib: {name} was rounded together with {', '.join(missing)}; quantize these, too, or calibrate again")
-    weight = weight.to(linear.weight.device, copy=True)
-    weight.int8_activations = targets[name].int8_activations
-    return weight
+    return weight.to(linear.weight.device, copy=True)
 
 
 def _frozen(t: Tensor) -> nn.Parameter:

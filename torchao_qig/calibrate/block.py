@@ -86,17 +86,11 @@ class Block:
         if not seen.x.numel():
             return
         place = layout(seen.x, tokens, around, everything=self.config.official)
-        counted = place.counted
-        total = search.absolute_sum(place.view(seen.x).float(), counted)
-        work.total = total if work.total is None else work.total + total
-        work.count += float(counted.sum())
-        if self.config.int8_activations:
-            peak = (place.view(seen.x).float().abs() * counted.unsqueeze(-1)).amax((0, 1))
-            work.peak = peak if work.peak is None else torch.maximum(work.peak, peak)
+        work.note(place.view(seen.x).float(), place.counted, self.config.smoothing is not None)
         kept = sum(y.numel() * y.element_size() for y in seen.ys)
         if work.group.alone:
             seen = Seen(seen.x, Call((), {}), seen.out if self.config.propagate_error else seen.x)
-        elif self.dtype != self.main_dtype or self._outputs_kept + kept > KEEP:
+        elif self.dtype != self.main_dtype or self._outputs_kept + kept > KEEP or self.config.int8_activations:
             seen = seen._replace(ys=())
         else:
             self._outputs_kept += kept

@@ -1,7 +1,7 @@
-"""Inputs as the quantized model will have them (`propagate_error=True`, `compensate=True`), next to the full-precision ones.
+"""Inputs as the quantized model will have them (`propagate_error`, `compensate`, int8 activations), next to the full-precision ones.
 
 The samples have a second hidden state that goes through each block as it will be: the scales found so far, and every linear
-rounded. A group's candidates are then tried on its input there, against the outputs of full precision.
+rounded. A group's candidates are then tried on its input there.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,6 @@ from torchao_qig.calibrate.apply import changes, commit
 from torchao_qig.calibrate.block import Block
 from torchao_qig.calibrate.observer import Call, Observer, Seen, replica
 from torchao_qig.calibrate.result import Calibration, GroupResult
-from torchao_qig.calibrate.search import absolute_sum
 from torchao_qig.calibrate.stream import Stream, cast
 from torchao_qig.calibrate.work import Part, Work
 from torchao_qig.config import QIGWeightOnlyConfig
@@ -54,14 +53,13 @@ class Distortion:
 
     def feed(self, block: Block, bent: nn.Module, work: Work) -> None:
         """Exchange the inputs of a group's parts. (Rows that a router chose stay: the other block may route otherwise.)"""
-        work.total, work.count = None, 0.0
+        work.total, work.count, work.peak = None, 0.0, None
         for part, seen in self.watch(block, bent, work):
             if seen is not None:
                 part.exact_x = part.seen.x
-                part.seen = block.store.put(Seen(seen.x, Call((), {}) if work.group.alone else seen.call, part.seen.out))
-            total = absolute_sum(part.layout.view(part.seen.x.to(block.device)), part.layout.counted)
-            work.total = total if work.total is None else work.total + total
-            work.count += float(part.layout.counted.sum())
+                x, call = block.store.put((seen.x, Call((), {}) if work.group.alone else seen.call))
+                part.seen = Seen(x, call, part.seen.out)
+            work.note(part.layout.view(part.seen.x.to(block.device)), part.layout.counted, block.config.smoothing is not None)
 
     def watch(self, block: Block, bent: nn.Module, work: Work) -> Iterator[tuple[Part, Seen | None]]:
         """Run a group's pieces through `bent`: each of its parts, and what the group saw there; None where rows do not correspond."""

@@ -15,6 +15,7 @@ from torchao_qig.tensor import PackedIntTensor
 from torchao_qig.tensor.packed import DATA
 
 FORMAT = 3  # of the files
+INT8 = "int8 activations"  # in a linear's grid
 MODALITIES = {"padding": 0, "text": 1, "vision": 2, "answer": 3}
 
 
@@ -66,7 +67,7 @@ class TokenWeights:
         weights: per sample (T,), summing to 1; padding has 0.
         modality: per sample (T,), values of MODALITIES.
         completeness_error: per sample, by how much the attributions miss the total they should add up to, relative to it
-            (NaN for weights that are no integrated gradients).
+            (NaN for weights that are no integrated gradients, and with int8 activations, where there is no such total).
     """
 
     weights: list[Tensor]
@@ -80,7 +81,7 @@ class Calibration:
 
     Attributes:
         groups: by label, in the order of the blocks.
-        grids: linear -> [bits, group_size, symmetric].
+        grids: linear -> [bits, group_size, symmetric], with "int8 activations" after that where they are.
         tokens: label -> per sample weights.
         modality: per sample what each token is.
         completeness: label -> per sample error.
@@ -205,7 +206,9 @@ class Calibration:
         found = cls(grids=described["grids"], settings=described["settings"], stats=described["stats"], modality=_unpacked("modality", tensors))
         found.squared_errors = {label: (before, after) for label, (before, after) in described["squared_errors"].items()}
         for name, shape in described["weights"].items():
-            found.weights[name] = PackedIntTensor(*(tensors[f"{name}.{data}"] for data in DATA), *shape)
+            weight = PackedIntTensor(*(tensors[f"{name}.{data}"] for data in DATA), *shape)
+            weight.int8_activations = INT8 in found.grids[name]
+            found.weights[name] = weight
         for number, fields in enumerate(described["groups"]):
             fields["losses"] = {int(k): v for k, v in fields["losses"].items()}
             group = GroupResult(**fields, x_mean=tensors[f"{number}.x_mean"], scale=tensors[f"{number}.scale"])

@@ -104,7 +104,7 @@ class Rounding:
             exact = rows(part, part.exact) if columns is None else rows(part, part.exact) / columns
             now = exact if seen is None else rows(part, seen.x) if before is None else rows(part, seen.x) * before
             if self.integers:
-                now = affine.fake_quantize_rows(now)
+                now = affine.fake_quantize_rows(now, official=self.block.config.official)
             total += torch.stack([(weights * now).T @ now, (weights * (exact - now)).T @ now])
         return Grams(*ranks.summed(total))
 

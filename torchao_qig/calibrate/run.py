@@ -29,7 +29,7 @@ from torchao_qig.calibrate.rounding import Rounding
 from torchao_qig.calibrate.store import Store
 from torchao_qig.calibrate.stream import Piece, Stream
 from torchao_qig.calibrate.work import Work
-from torchao_qig.config import FULL, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.config import FULL, QIGWeightOnlyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +238,7 @@ class Run:
         self.ran |= {join(name, n) for w in block.works for n in w.group.linears}
         if block.odd:
             plan.linears -= {join(name, n) for n in block.odd}
+            mine = {n: c for n, c in mine.items() if n not in block.odd}
             logger.warning("left as they are, since they do more than a linear: %s", ", ".join(join(name, n) for n in sorted(block.odd)))
         if not mine:
             return None
@@ -246,12 +247,11 @@ class Run:
         names = dict(zip(groups, labels(groups, name), strict=True))
         results: list[GroupResult] = []
         for work in block.works:
-            placed = folds[work.group] is not None or self.config.pre_scale
-            if placed and self.config.equalizes:
-                bent = quantized_so_far(block, name, results, mine) if self.config.on_quantized_inputs else None
-                results.append(self._run_group(block, work, names[work.group], name, folds[work.group], bent))
-            elif self.config.rounds:  # it stays without a scale
-                self._weigh(block, work, name)
+            placed = self.config.equalizes and (folds[work.group] is not None or self.config.pre_scale)
+            if placed or self.config.rounds:
+                self._prepare(block, work, name, results, mine, placed)
+            if placed:
+                results.append(self._run_group(block, work, names[work.group], name, folds[work.group]))
             work.only_inputs() if self.config.rounds else work.parts.clear()
         if self.config.rounds:
             bent = self._round(block, name, results, mine, names)
@@ -264,14 +264,19 @@ class Run:
         before, after = (sum(losses) for losses in zip(*errors, strict=True)) if errors else (0.0, 0.0)
         return after / before - 1 if before > 0 else None
 
-    def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None, bent: nn.Module | None) -> GroupResult:
+    def _prepare(self, block: Block, work: Work, name: str, results: list[GroupResult], mine: dict[str, QIGWeightOnlyConfig], placed: bool) -> None:
+        """Give a group its token weights, and the inputs that candidates are tried on."""
+        int8 = self.config.int8_activations  # token weights are then about those inputs
+        if not int8:
+            self._weigh(block, work, name)
+        routed = all(part.layout.rows is not None for part in work.parts)
+        if self.distortion and self.config.on_quantized_inputs and (placed or int8) and not routed:
+            self.distortion.feed(block, quantized_so_far(block, name, results, mine), work)
+        if int8:
+            self._weigh(block, work, name)
+
+    def _run_group(self, block: Block, work: Work, label: str, block_name: str, fold: Fold | None) -> GroupResult:
         pieces = block.stream.pieces
-        if not self.config.int8_activations:
-            self._weigh(block, work, block_name)
-        if self.distortion and bent is not None:
-            self.distortion.feed(block, bent, work)
-        if self.config.int8_activations:  # token weights are about those inputs
-            self._weigh(block, work, block_name)
         x_mean = work.x_mean(block.weight(work.group.linears[0]).shape[1], block.device)
         part = self._part(pieces, block.share(work.group))
         ratio, winner, losses, scale = self._smoothed(block, work, part) or self._searched(block, work, x_mean, part)
@@ -294,12 +299,13 @@ class Run:
 
     def _smoothed(self, block: Block, work: Work, part: dict[int, list[int]]) -> tuple[float, int, dict[int, float], Tensor] | None:
         """The same for SmoothQuant, whose scale is not searched; None where it was not asked for."""
-        if not isinstance(self.config, QIGInt8DynamicActivationConfig) or self.config.smoothquant is None:
+        alpha = self.config.smoothing
+        if alpha is None:
             return None
-        scale = smoothing_scale(work, [block.weight(n) for n in work.group.linears], self.config.smoothquant)
+        scale = smoothing_scale(work, [block.weight(n) for n in work.group.linears], alpha)
         evaluate, _ = block.evaluator(work, [None, scale], part)
         with torch.no_grad():
-            return self.config.smoothquant, 1, dict(enumerate(evaluate([0, 1], False))), scale
+            return alpha, 1, dict(enumerate(evaluate([0, 1], False))), scale
 
     def _weigh(self, block: Block, work: Work, block_name: str) -> None:
         warming_up = self.searched < self.config.warmup_groups

@@ -42,6 +42,15 @@ class Work:
     peak: Tensor | None = None  # of |x| per channel, for SmoothQuant
     weighting: str = "none"
 
+    def note(self, x: Tensor, counted: Tensor, peaks: bool) -> None:
+        """Add (B, T, C) inputs to the channels' sums, and to their largest if `peaks`."""
+        total = search.absolute_sum(x, counted)
+        self.total = total if self.total is None else self.total + total
+        self.count += float(counted.sum())
+        if peaks:
+            peak = (x.float().abs() * counted.unsqueeze(-1)).flatten(0, -2).amax(0)
+            self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+
     def only_inputs(self) -> None:
         """Forget what the search needed."""
         for part in self.parts:

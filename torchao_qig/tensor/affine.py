@@ -130,7 +130,7 @@ def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) 
 def quantize_rows(x: Tensor, official: bool = False) -> tuple[Tensor, Tensor]:
     """The int8 codes of activations, and the scale (..., 1) of every token in at least float32.
 
-    A token that holds NaN or infinity gets zeros and a scale that is neither finite: it comes back as NaN.
+    A token that holds NaN or infinity gets zeros and an infinite scale or NaN: it comes back as NaN.
     """
     v = x.to(_compute_dtype(x.dtype))
     floor = OFFICIAL_FLOOR if official else ROW_LEVELS * torch.finfo(v.dtype).tiny

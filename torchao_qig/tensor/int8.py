@@ -9,7 +9,8 @@ The inner sum is exact: int32 holds it for every K up to 2**17. Eager mode takes
   are exact integers, and added up in int32,
 - prefill (many rows): the weight's codes as int8, a slice at a time, for the matmul library (`_int_mm`: VNNI, AMX, tensor cores).
 
-Rounding the activations are ordinary torch operations before the operator (`affine.quantize_rows`), which the compiler fuses with
+Some CPUs' `_int_mm` clips sums of two products of wide codes (oneDNN without VNNI instructions); the codes are then multiplied in two
+halves (`in_halves`). Rounding the activations are ordinary torch operations before the operator (`affine.quantize_rows`), which the compiler fuses with
 what makes the activations. Gradients flow to the input as if nothing had been rounded.
 """
 
@@ -18,9 +19,22 @@ from torch import Tensor
 
 from torchao_qig.tensor import affine, packing
 from torchao_qig.tensor.linear import KERNELS, dequantize, register_lowerings, use_decode
+from torchao_qig.tensor.lowering import ENOUGH
 
 DECODE_ROWS = 16  # up to here the decode form is faster on a CPU (benchmarks/kernels.py); CUDA's _int_mm takes no fewer
-FEWEST = 32  # rows of `_int_mm` on an accelerator
+
+
+def _largest_sum() -> int:
+    """What `_int_mm` on this CPU makes of 256 largest products."""
+    return int(torch._int_mm(torch.full((32, 256), 127, dtype=torch.int8), torch.full((256, 32), 127, dtype=torch.int8)).min())
+
+
+CLIPS = _largest_sum() != 127 * 127 * 256  # looked at here, since compilers trace what is called later
+
+
+def in_halves(bits: int, device: torch.device) -> bool:
+    """Whether a weight's integers have to be multiplied in two halves."""
+    return bits > 6 and device.type == "cpu" and CLIPS
 
 
 def integer_weight(qdata: Tensor, zero: Tensor, group_size: int) -> Tensor:
@@ -34,9 +48,14 @@ def integer_weight(qdata: Tensor, zero: Tensor, group_size: int) -> Tensor:
 def _int_mm(x: Tensor, w: Tensor) -> Tensor:
     """x (M, K) times w (N, K) transposed, int8 to int32, for any M."""
     m = x.shape[0]
-    if m == 0 or (x.device.type != "cpu" and m < FEWEST):
-        x = torch.nn.functional.pad(x, (0, 0, 0, FEWEST - m))
+    if m == 0 or (x.device.type != "cpu" and m < ENOUGH):
+        x = torch.nn.functional.pad(x, (0, 0, 0, ENOUGH - m))
     return torch._int_mm(x, w.t())[:m]
+
+
+def _product(x: Tensor, w: Tensor, halves: bool) -> Tensor:
+    """The same; `halves`: as 16 * (w >> 4) + (w & 15)."""
+    return _int_mm(x, w >> 4) * 16 + _int_mm(x, w & 15) if halves else _int_mm(x, w)
 
 
 @torch.library.custom_op("torchao_qig::int8_linear", mutates_args=())
@@ -52,6 +71,7 @@ def int8_linear(
     rows: int,
     columns: int,
     decode: bool,
+    halves: bool,
     kernels: int,
 ) -> Tensor:
     """x (M, columns), rounded to `codes` and `x_scale`; x itself only lends its dtype and takes the gradient."""
@@ -60,14 +80,14 @@ def int8_linear(
     width = weight.shape[1] if group_size == -1 else group_size
     y = torch.zeros((), dtype=x_scale.dtype, device=x.device)
     for group, start in enumerate(range(0, columns, width)):
-        product = _int_mm(codes[:, start : start + width].contiguous(), weight[:, start : start + width])
+        product = _product(codes[:, start : start + width].contiguous(), weight[:, start : start + width], halves)
         y = y + product.to(x_scale.dtype) * scale[group].to(x_scale.dtype)
     y = (y * x_scale)[:, :rows]
     return (y if bias is None else y + bias).to(x.dtype)
 
 
 @int8_linear.register_fake
-def _(x, codes, x_scale, qdata, scale, zero, bias, group_size, rows, columns, decode, kernels):  # type: ignore[no-untyped-def]
+def _(x, codes, x_scale, qdata, scale, zero, bias, group_size, rows, columns, decode, halves, kernels):  # type: ignore[no-untyped-def]
     register_lowerings()
     return x.new_empty(x.shape[0], rows)
 
@@ -86,7 +106,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_x = grad @ dequantize(qdata, scale, zero, group_size, rows, columns, grad.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.sum(0)
-    return (grad_x, *[None] * 5, grad_bias, *[None] * 5)
+    return (grad_x, *[None] * 5, grad_bias, *[None] * 6)
 
 
 torch.library.register_autograd("torchao_qig::int8_linear", _backward, setup_context=_setup_context)
@@ -95,5 +115,5 @@ torch.library.register_autograd("torchao_qig::int8_linear", _backward, setup_con
 def apply(x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int, rows: int, columns: int) -> Tensor:
     """Round the activations x (M, columns), and multiply."""
     codes, x_scale = affine.quantize_rows(x.detach())
-    decode = use_decode(x.shape[0], DECODE_ROWS)
-    return torch.ops.torchao_qig.int8_linear(x, codes, x_scale, qdata, scale, zero, bias, group_size, rows, columns, decode, KERNELS)
+    how = use_decode(x.shape[0], DECODE_ROWS), in_halves(qdata.shape[-4], x.device), KERNELS
+    return torch.ops.torchao_qig.int8_linear(x, codes, x_scale, qdata, scale, zero, bias, group_size, rows, columns, *how)

@@ -29,6 +29,7 @@ STEP = 2  # units per turn of the decode loop, for one row of x; more rows fill 
 SHORT = 16  # units up to which rows do not share: the C++ compiler unrolls so short a loop whole, four times over
 CHAINS = 2  # independent sums per unit, to hide the latency of multiply-add
 AT_ONCE = 8  # groups whose integer products are scaled and added up in one loop
+ENOUGH = 32  # rows for an accelerator's integer matmul, which takes more than 16
 SLICE_BYTES = 2**25  # of dequantized weight at a time: larger blocks come fresh from the system, page by page, on every call
 
 
@@ -184,7 +185,7 @@ def register() -> None:
         products = [lowerings[aten.mm.default](x, weight) for _, weight in unpacked(qdata, x.get_dtype(), value)]
         return lowerings[aten.cat.default](products, 1) if len(products) > 1 else products[0]
 
-    def integer_prefill(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int) -> Any:
+    def integer_prefill(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int, halves: bool) -> Any:
         """The same with integer codes, (M, tiles * 16): int32 without the scale for one group per row, else float32."""
         scale_at, zero_at = scale.make_loader(), zero.make_loader()
         columns = int(qdata.get_size()[-2]) * UNIT
@@ -192,9 +193,23 @@ def register() -> None:
         def value(code: Any, unit: Any, column: int, row: Any) -> Any:
             return ops.sub(code, ops.to_dtype(zero_at([group_of(unit, column, group_size), row]), torch.int32))
 
-        def of_group(weight: Any, start: int) -> Any:
+        def high(*at: Any) -> Any:
+            return ops.bitwise_right_shift(value(*at), ops.constant(4, torch.int32))
+
+        def low(*at: Any) -> Any:
+            return ops.bitwise_and(value(*at), ops.constant(15, torch.int32))
+
+        def product(x: Any, *weights: Any) -> Any:
+            """With the weight, or with its halves."""
+            products = [lowerings[aten._int_mm.default](x, w) for w in weights]
+            if len(products) == 1:
+                return products[0]
+            high_at, low_at = (p.make_loader() for p in products)
+            return pointwise(x, torch.int32, products[0].get_size(), lambda i: ops.add(ops.mul(high_at(i), ops.constant(16, torch.int32)), low_at(i)))
+
+        def of_group(weights: list[Any], start: int) -> Any:
             ends = start, min(start + group_size, columns)
-            return lowerings[aten._int_mm.default](*(lowerings[aten.slice.Tensor](t, dim, *ends) for t, dim in ((x, 1), (weight, 0))))
+            return product(*(lowerings[aten.slice.Tensor](t, dim, *ends) for t, dim in ((x, 1), *((w, 0) for w in weights))))
 
         def scaled(products: list[Any], group: int, row: int, before: Any) -> Any:
             loaders = [p.make_loader() for p in products]
@@ -211,13 +226,15 @@ def register() -> None:
             return pointwise(x, torch.float32, products[0].get_size(), inner)
 
         slices = []
-        for row, weight in unpacked(qdata, torch.int8, value):
+        values = (high, low) if halves else (value,)
+        for parts in zip(*(unpacked(qdata, torch.int8, v) for v in values), strict=True):
+            row, weights = parts[0][0], [weight for _, weight in parts]
             if group_size == -1:
-                slices.append(lowerings[aten._int_mm.default](x, weight))
+                slices.append(product(x, *weights))
                 continue
             sums, starts = None, range(0, columns, group_size)
             for group in range(0, len(starts), AT_ONCE):
-                sums = scaled([of_group(weight, start) for start in starts[group : group + AT_ONCE]], group, row, sums)
+                sums = scaled([of_group(weights, start) for start in starts[group : group + AT_ONCE]], group, row, sums)
                 sums.realize()
             slices.append(sums)
         return lowerings[aten.cat.default](slices, 1) if len(slices) > 1 else slices[0]
@@ -234,12 +251,15 @@ def register() -> None:
         return y if bias is None else lowerings[aten.add.Tensor](y, bias)
 
     @register_lowering(torch.ops.torchao_qig.int8_linear.default, type_promotion_kind=None)
-    def int8_linear(x, codes, x_scale, qdata, scale, zero, bias, group_size, rows, columns, use_decode, kernels):  # type: ignore[no-untyped-def]
+    def int8_linear(x, codes, x_scale, qdata, scale, zero, bias, group_size, rows, columns, use_decode, halves, kernels):  # type: ignore[no-untyped-def]
         codes, whole_rows = padded(codes, qdata, columns), group_size == -1
         if use_decode:
             y = decode(codes, qdata, scale, zero, group_size, torch.int32 if whole_rows else torch.float32)
         else:
-            y = integer_prefill(codes, qdata, scale, zero, group_size)
+            m = codes.get_size()[0]  # export with a dynamic batch promises no number
+            more = 0 if codes.get_device().type == "cpu" or V.graph.sizevars.statically_known_gt(m, 16) else ENOUGH
+            codes = lowerings[aten.constant_pad_nd.default](codes, [0, 0, 0, more], 0) if more else codes
+            y = lowerings[aten.slice.Tensor](integer_prefill(codes, qdata, scale, zero, group_size, halves), 0, 0, m)
         y_at, x_scale_at, scale_at = y.make_loader(), x_scale.make_loader(), scale.make_loader()
         bias_at = None if bias is None else bias.make_loader()
         wide = x_scale.get_dtype()

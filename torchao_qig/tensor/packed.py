@@ -113,8 +113,8 @@ class PackedIntTensor(TorchAOBaseTensor):
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, int8_activations: bool = False) -> "PackedIntTensor":
         """Pack codes (..., rows, columns) chosen elsewhere, with scale and zero (..., rows, groups)."""
-        if int8_activations and bits == 8 and not zero.is_meta and bool((zero != 128).any()):
-            raise ValueError("int8_activations=True: 8-bit weights must be symmetric, since code - zero has to fit 8 bits; pass symmetric=True")
+        if int8_activations and not zero.is_meta:
+            _check_integers(bits, zero)
         rows, columns = codes.shape[-2:]
         stored_scale, stored_zero = (packing.pack_groups(t, group_size, columns) for t in (scale, zero.to(torch.uint8)))
         return cls(packing.pack(codes, bits), stored_scale, stored_zero, bits, group_size, rows, columns, int8_activations=int8_activations)
@@ -168,6 +168,8 @@ class PackedIntTensor(TorchAOBaseTensor):
                 raise ValueError(f"{name}: expected shape {tuple(stored)}, got {tuple(getattr(self, name).shape)}")
 
     def _verify(self, checksum: int) -> None:
+        if self.int8_activations and not self.qdata.is_meta:
+            _check_integers(self.bits, packing.unpack_groups(self.zero_point, self.group_size, self.rows, self.columns))
         actual = self.checksum
         if actual is not None and actual != checksum:
             raise ValueError(f"the packed weight's data is damaged (checksum {actual:#010x}, the file says {checksum:#010x}); get the file again")
@@ -221,6 +223,11 @@ class PackedIntTensor(TorchAOBaseTensor):
             f"PackedIntTensor({self.bits} bits, {group}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{scaled}{activations},"
             f" {self.nbytes_packed():,} bytes = {bits_per_weight:.2f} bits per weight)"
         )
+
+
+def _check_integers(bits: int, zero: Tensor) -> None:
+    if bits == 8 and bool((zero != 128).any()):
+        raise ValueError("int8_activations=True: 8-bit weights must be symmetric, since code - zero has to fit 8 bits; pass symmetric=True")
 
 
 PackedIntTensor.__setstate__ = PackedIntTensor._restore  # torchao's base class sets its own when the class is made
