@@ -4,8 +4,8 @@
     python -m benchmarks.accuracy --beyond      # each piece of the default method, alone and together: results/beyond.*
 
 Each method but rounding is calibrated on `--seeds` different sets of 128 samples of a split of its own. Answers to each question
-are kept in benchmarks/cache, so that a killed run continues and further methods can be added; results/NAME.json and .md hold the
-table. Differences are paired: the same questions, averaged over the seeds, pictures drawn with replacement.
+are kept in benchmarks/cache, with the seconds of the run that made them, so that a killed run continues and further methods can be
+added; results/NAME.json and .md hold the table. Differences are paired: the same questions, averaged over the seeds, pictures drawn with replacement.
 """
 
 from __future__ import annotations
