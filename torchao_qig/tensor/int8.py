@@ -9,16 +9,16 @@ The inner sum is exact: int32 holds it for every K up to 2**17. Eager mode takes
   are exact integers, and added up in int32,
 - prefill (many rows): the weight's codes as int8, a slice at a time, for the matmul library (`_int_mm`: VNNI, AMX, tensor cores).
 
-Some CPUs' `_int_mm` clips sums of two products of wide codes (oneDNN without VNNI instructions); the codes are then multiplied in two
-halves (`in_halves`). Rounding the activations are ordinary torch operations before the operator (`affine.quantize_rows`), which the compiler fuses with
-what makes the activations. Gradients flow to the input as if nothing had been rounded.
+Some CPUs' `_int_mm` clips sums of two products of wide codes (oneDNN without VNNI instructions); these are multiplied in halves there
+(`in_halves`). Activations are rounded by ordinary torch operations before the operator (`affine.quantize_rows`), which the compiler
+fuses with what makes them. Gradients flow to the input as if nothing had been rounded.
 """
 
 import torch
 from torch import Tensor
 
 from torchao_qig.tensor import affine, packing
-from torchao_qig.tensor.linear import KERNELS, dequantize, register_lowerings, use_decode
+from torchao_qig.tensor.linear import KERNELS, register_gradients, register_lowerings, use_decode
 from torchao_qig.tensor.lowering import ENOUGH
 
 DECODE_ROWS = 16  # up to here the decode form is faster on a CPU (benchmarks/kernels.py); CUDA's _int_mm takes no fewer
@@ -92,24 +92,7 @@ def _(x, codes, x_scale, qdata, scale, zero, bias, group_size, rows, columns, de
     return x.new_empty(x.shape[0], rows)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, _, _, qdata, scale, zero, _, group_size, rows, columns, *_ = inputs
-    ctx.save_for_backward(qdata, scale, zero)
-    ctx.layout = group_size, rows, columns
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        qdata, scale, zero = ctx.saved_tensors
-        group_size, rows, columns = ctx.layout
-        grad_x = grad @ dequantize(qdata, scale, zero, group_size, rows, columns, grad.dtype)
-    if ctx.needs_input_grad[6]:
-        grad_bias = grad.sum(0)
-    return (grad_x, *[None] * 5, grad_bias, *[None] * 6)
-
-
-torch.library.register_autograd("torchao_qig::int8_linear", _backward, setup_context=_setup_context)
+register_gradients("torchao_qig::int8_linear", data=3, bias=6)
 
 
 def apply(x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int, rows: int, columns: int) -> Tensor:

@@ -67,24 +67,27 @@ def _(x, qdata, scale, zero, bias, group_size, rows, columns, decode, kernels): 
     return x.new_empty(x.shape[0], rows)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, qdata, scale, zero, _, group_size, rows, columns, *_ = inputs
-    ctx.save_for_backward(qdata, scale, zero)
-    ctx.layout = group_size, rows, columns
+def register_gradients(operator: str, data: int, bias: int) -> None:
+    """Gradients to an operator's input, its argument 0, through the dense weight, and to its bias.
 
+    `data` and `bias` are places of arguments: of qdata, scale and zero, and of the bias, which group_size, rows and columns follow.
+    """
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        qdata, scale, zero = ctx.saved_tensors
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[data : data + 3])
+        ctx.layout, ctx.rest = inputs[bias + 1 : bias + 4], len(inputs) - bias - 1
+
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         group_size, rows, columns = ctx.layout
-        grad_x = grad @ dequantize(qdata, scale, zero, group_size, rows, columns, grad.dtype)
-    if ctx.needs_input_grad[4]:
-        grad_bias = grad.sum(0)
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None
+        qdata, scale, zero = ctx.saved_tensors
+        grad_x = grad @ dequantize(qdata, scale, zero, group_size, rows, columns, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[bias] else None
+        return (grad_x, *[None] * (bias - 1), grad_bias, *[None] * ctx.rest)
+
+    torch.library.register_autograd(operator, backward, setup_context=setup_context)
 
 
-torch.library.register_autograd("torchao_qig::linear", _backward, setup_context=_setup_context)
+register_gradients("torchao_qig::linear", data=1, bias=4)
 
 
 def use_decode(rows: int | torch.SymInt, most: int = DECODE_ROWS) -> bool:
