@@ -289,10 +289,12 @@ def test_ranks(tmp_path: Path) -> None:
                     torch.testing.assert_close(found.groups[label].scale, group.scale, rtol=1e-3, atol=1e-4)
 
 
-def test_killed_calibration_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compensate", [False, True])
+def test_killed_calibration_continues(compensate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the same bits: both streams are kept; and so with activations in files."""
     model, inputs = plain()
-    whole = torchao_qig.calibrate(model, [inputs], QUICK())
+    way = partial(QUICK, compensate=compensate, sensitivity="qig")
+    whole = torchao_qig.calibrate(model, [inputs], way())
     original, blocks = Run._run_block, []
 
     def dying(self: Run, name: str, *args: Any) -> Any:
@@ -303,14 +305,16 @@ def test_killed_calibration_continues(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Run, "_run_block", dying)
     with pytest.raises(KeyboardInterrupt):
-        torchao_qig.calibrate(model, [inputs], QUICK(checkpoint_dir=tmp_path))
-    again = torchao_qig.calibrate(model, [inputs], QUICK(checkpoint_dir=tmp_path))
+        torchao_qig.calibrate(model, [inputs], way(checkpoint_dir=tmp_path))
+    again = torchao_qig.calibrate(model, [inputs], way(checkpoint_dir=tmp_path))
     assert len(blocks) == 2 + len(model.blocks) - 1
-    in_files = torchao_qig.calibrate(model, [inputs], QUICK(max_host_memory=0))
+    in_files = torchao_qig.calibrate(model, [inputs], way(max_host_memory=0))
     for found in (again, in_files):
         for label, group in whole.groups.items():
             assert torch.equal(found.groups[label].scale, group.scale)
             assert found.groups[label].losses == group.losses
+        assert found.weights.keys() == whole.weights.keys()
+        assert all(torch.equal(found.weights[n], w) and w.int8_activations for n, w in whole.weights.items())
 
 
 def test_experts_that_a_router_feeds() -> None:

@@ -15,7 +15,7 @@ from torchao_qig.tensor import PackedIntTensor
 from torchao_qig.tensor.packed import DATA
 
 FORMAT = 3  # of the files
-INT8 = "int8 activations"  # in a linear's grid
+INT8 = "int8 activations"  # in what describes a linear or its weight
 MODALITIES = {"padding": 0, "text": 1, "vision": 2, "answer": 3}
 
 
@@ -182,7 +182,7 @@ class Calibration:
         for name, w in self.weights.items():
             tensors |= {f"{name}.{data}": getattr(w, data) for data in DATA}
         tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-        shapes = {name: [w.bits, w.group_size, w.rows, w.columns] for name, w in self.weights.items()}
+        shapes = {name: [w.bits, w.group_size, w.rows, w.columns, *[INT8] * w.int8_activations] for name, w in self.weights.items()}
         described = {
             "format": FORMAT, "groups": groups, "grids": self.grids, "weights": shapes, "squared_errors": self.squared_errors,
             "settings": self.settings, "stats": self.stats,
@@ -206,8 +206,8 @@ class Calibration:
         found = cls(grids=described["grids"], settings=described["settings"], stats=described["stats"], modality=_unpacked("modality", tensors))
         found.squared_errors = {label: (before, after) for label, (before, after) in described["squared_errors"].items()}
         for name, shape in described["weights"].items():
-            weight = PackedIntTensor(*(tensors[f"{name}.{data}"] for data in DATA), *shape)
-            weight.int8_activations = INT8 in found.grids[name]
+            weight = PackedIntTensor(*(tensors[f"{name}.{data}"] for data in DATA), *shape[:4])
+            weight.int8_activations = INT8 in shape
             found.weights[name] = weight
         for number, fields in enumerate(described["groups"]):
             fields["losses"] = {int(k): v for k, v in fields["losses"].items()}
