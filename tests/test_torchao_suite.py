@@ -50,6 +50,18 @@ class TestCompile(torchao_suite.TorchAOCompileTestCase):
     COMPILE_MIN_SQNR = 50
 
 
+class TestBasicWithInt8Activations(TestBasic):
+    """The same, multiplying integers."""
+
+    kwargs = {"bits": 4, "group_size": 64, "symmetric": True, "int8_activations": True}  # noqa: RUF012
+
+
+class TestCompileWithInt8Activations(TestCompile):
+    """The same, multiplying integers."""
+
+    kwargs = {"bits": 4, "group_size": 64, "symmetric": True, "int8_activations": True}  # noqa: RUF012
+
+
 class TestIntegration(torchao_suite.TorchAOIntegrationTestCase):
     """What vLLM does with weights while it loads them."""
 

@@ -133,6 +133,31 @@ def test_rows_come_back_within_half_a_step(seed: int, dtype: torch.dtype, size: 
     assert bool((codes.abs().amax(1)[x.abs().amax(1) > 127 * torch.finfo(torch.float32).tiny] == 127).all())
 
 
+@given(cases(kinds=["normal", "outliers"]), st.integers(1, 6), st.data())
+def test_zeros_and_odd_values_stay_with_their_tokens(case: Case, m: int, data: st.DataObject) -> None:
+    """A token of zeros has a positive scale and gives the bias; one NaN or infinity anywhere makes all of its token NaN; others do not notice."""
+    w, (bits, group, symmetric) = case
+    p = PackedIntTensor.from_hp(w, bits, group, symmetric or bits == 8, int8_activations=True)
+    x, bias = torch.randn(m, w.shape[1]).to(w.dtype), torch.randn(w.shape[0]).to(w.dtype)
+    plain = F.linear(x, p, bias)
+    kinds = data.draw(st.lists(st.sampled_from(["plain", "zero", "odd"]), min_size=m, max_size=m))
+    for row, kind in enumerate(kinds):
+        if kind == "zero":
+            x[row] = 0
+        elif kind == "odd":
+            x[row, data.draw(st.integers(0, w.shape[1] - 1))] = data.draw(st.sampled_from(ODD))
+    y, (codes, scale) = F.linear(x, p, bias), affine.quantize_rows(x)
+    for row, kind in enumerate(kinds):
+        if kind == "plain":
+            assert torch.equal(y[row], plain[row])
+        elif kind == "zero":
+            assert float(scale[row]) > 0
+            assert not codes[row].any()
+            assert torch.equal(y[row], bias)
+        else:
+            assert bool(y[row].isnan().all())
+
+
 def test_units_of_the_official_layer() -> None:
     """Weights, activations and outputs of its weight-activation linear, a token of zeros among them."""
     u = load_file("tests/golden/units.safetensors")
