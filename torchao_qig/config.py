@@ -169,9 +169,14 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     def _sensitivity_of_auto(self) -> str | None:
         return None if self.compensate else "qig"  # with compensation, scales measured worse than none: benchmarks/results/beyond.md
 
+    def _bits_named(self) -> list[Any]:
+        """Those of linears that are quantized; for "auto" the fewest."""
+        if isinstance(self.bits, dict):
+            return [b for b in self.bits.values() if b != FULL]
+        return [BITS_OF_AUTO if self.bits == "auto" else self.bits]
+
     def _check_bits(self) -> None:
-        several = [b for b in self.bits.values() if b != FULL] if isinstance(self.bits, dict) else None
-        for bits in [BITS_OF_AUTO if self.bits == "auto" else self.bits] if several is None else several:
+        for bits in self._bits_named():
             check_grid(bits, self.group_size, self.symmetric)
         _check_count("max_bytes", self.max_bytes, 1, True)
         if self.budget is not None:
@@ -286,8 +291,7 @@ class QIGInt8DynamicActivationConfig(QIGWeightOnlyConfig):
         if self.base_config is not None and not isinstance(self.base_config, INT8_DYNAMIC_CONFIGS):
             names = " or ".join(c.__name__ for c in INT8_DYNAMIC_CONFIGS)
             raise ValueError(f"base_config={self.base_config!r}: does not round activations to int8; pass {names}, or use QIGWeightOnlyConfig")
-        widest = max((b for b in self.bits.values() if b != FULL), default=1) if isinstance(self.bits, dict) else self.bits
-        if not self.symmetric and widest in (8, "auto") and self.base_config is None:
+        if not self.symmetric and (self.bits == "auto" or 8 in self._bits_named()) and self.base_config is None:
             raise ValueError(f"bits={self.bits!r}, symmetric=False: integers of 8 bits have to be symmetric beside int8 activations; pass symmetric=True")
 
     def _sensitivity_of_auto(self) -> str | None:

@@ -86,7 +86,7 @@ class Block:
         if not seen.x.numel():
             return
         place = layout(seen.x, tokens, around, everything=self.config.official)
-        work.note(place.view(seen.x).float(), place.counted, self.config.smoothing is not None)
+        work.note(place.view(seen.x), place.counted, self.config.smoothing is not None)
         kept = sum(y.numel() * y.element_size() for y in seen.ys)
         if work.group.alone:
             seen = Seen(seen.x, Call((), {}), seen.out if self.config.propagate_error else seen.x)

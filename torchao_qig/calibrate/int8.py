@@ -13,7 +13,6 @@ Errors are measured against f(x_q), as the published code does, or against f(x) 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +25,7 @@ from torchao_qig.calibrate.observer import Call
 from torchao_qig.calibrate.tokens import Layout
 from torchao_qig.calibrate.work import Part, Work
 
-POINTS = 8  # of the Gauss-Legendre sum: token weights within 1 to 2 % of their mean of those of a fine sum (tests/test_w4a8.py)
+POINTS = 8  # of the Gauss-Legendre sum: token weights within 1 to 2 % of their mean of those of a fine sum (tests/calibrate/test_int8.py)
 
 
 def smoothing_scale(work: Work, weights: list[Tensor], alpha: float) -> Tensor:
@@ -78,8 +77,7 @@ class Int8Block(Block):
     def points(self, work: Work) -> sensitivity.Rule:
         if self.config.quadrature == "riemann":
             return sensitivity.rule("riemann", self.config.steps or sensitivity.RIEMANN)
-        nodes, weights = (a.tolist() for a in np.polynomial.legendre.leggauss(self.config.steps or POINTS))
-        return sensitivity.Rule([(1 + x) / 2 for x in nodes], [w / 2 for w in weights], 0)
+        return sensitivity.Rule(*sensitivity.legendre(self.config.steps or POINTS), panels=0)
 
     def importance(self, group: Group, part: Part, points: sensitivity.Rule) -> tuple[Tensor, Tensor]:
         """Token importance; there is nothing that it should add up to, since f_q counts as a constant."""
@@ -111,7 +109,7 @@ class Int8Block(Block):
         """The published code leaves out the clipping here."""
         if not self.config.official:
             return super().shares(raw, place)
-        return raw / raw.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return sensitivity.shares(raw, torch.finfo(torch.float32).tiny)
 
     # Scales
 

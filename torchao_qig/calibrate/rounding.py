@@ -44,11 +44,10 @@ class Rounding:
         for change in self.scales.norms:
             assert change.value is not None
             self._set(inside[id(change.module)], change.name, change.value)
-        self.integers = block.config.int8_activations
         for inner in configs:
             weight, bias = self._scaled(inner)
             self._put(inner, weight)
-            if self.integers:
+            if block.config.int8_activations:
                 linear = self.bent.get_submodule(inner)
                 assert isinstance(linear, nn.Linear)
                 linear.forward = rounding_forward(linear, self.scales.before.get(join(name, inner)), block.config.official)
@@ -103,7 +102,7 @@ class Rounding:
             weights = part.layout.from_grid(part.weights).reshape(-1, 1).to(self.block.device)
             exact = rows(part, part.exact) if columns is None else rows(part, part.exact) / columns
             now = exact if seen is None else rows(part, seen.x) if before is None else rows(part, seen.x) * before
-            if self.integers:
+            if self.block.config.int8_activations:
                 now = affine.fake_quantize_rows(now, official=self.block.config.official)
             total += torch.stack([(weights * now).T @ now, (weights * (exact - now)).T @ now])
         return Grams(*ranks.summed(total))

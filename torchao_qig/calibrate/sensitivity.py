@@ -49,14 +49,20 @@ class Attribution(NamedTuple):
     end: Tensor
 
 
+def legendre(points: int) -> tuple[list[float], list[float]]:
+    """Nodes and weights of the Gauss-Legendre rule on [0, 1]."""
+    nodes, weights = (a.tolist() for a in np.polynomial.legendre.leggauss(points))
+    return [(x + 1) / 2 for x in nodes], [w / 2 for w in weights]
+
+
 def rule(quadrature: str, steps: int) -> Rule:
     """The points of "riemann" or "gauss"."""
     if quadrature == "riemann":
         return Rule([j / (steps - 1) for j in range(steps)] if steps > 1 else [1.0], [1 / steps] * steps, 0)
     panels = steps // 2 if steps >= FINE and steps % 2 == 0 else 1
-    points, weights = (a.tolist() for a in np.polynomial.legendre.leggauss(steps // panels))
-    nodes = [(p + (x + 1) / 2) / panels for p in range(panels) for x in points]
-    return Rule(nodes, [w / 2 / panels for _ in range(panels) for w in weights], panels)
+    points, weights = legendre(steps // panels)
+    nodes = [(p + x) / panels for p in range(panels) for x in points]
+    return Rule(nodes, [w / panels for _ in range(panels) for w in weights], panels)
 
 
 def _lagrange(nodes: list[float], at: float) -> list[float]:
@@ -157,13 +163,14 @@ def completeness_error(path: Tensor, gradient: Tensor, found: Attribution, count
     return (attributed - change).abs() / change.abs().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _shares(x: Tensor, floor: float) -> Tensor:
+def shares(x: Tensor, floor: float) -> Tensor:
+    """Each sample's values over their sum."""
     return x / x.sum(1, keepdim=True).clamp(min=floor)
 
 
 def uniform(counted: Tensor) -> Tensor:
     """The same weight for every counted token; a sample's weights sum to 1."""
-    return _shares(counted.float(), 1e-8)
+    return shares(counted.float(), 1e-8)
 
 
 def clipped(raw: Tensor, counted: Tensor, fallback: bool = True) -> Tensor:
@@ -171,12 +178,12 @@ def clipped(raw: Tensor, counted: Tensor, fallback: bool = True) -> Tensor:
 
     A sample whose importance is zero everywhere gets uniform weights (`fallback`; the published code leaves zeros).
     """
-    imp = _shares(raw.float() * counted, 1e-8)
+    imp = shares(raw.float() * counted, 1e-8)
     quantile = torch.quantile if bool(counted.all()) else torch.nanquantile
     known = imp if bool(counted.all()) else imp.masked_fill(~counted, torch.nan)
     q1, q3 = (quantile(known, q, dim=1, keepdim=True).nan_to_num() for q in (0.25, 0.75))
     low, high = q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1)
-    weights = _shares(torch.minimum(torch.maximum(imp, low), high) * counted, 1e-8)
+    weights = shares(torch.minimum(torch.maximum(imp, low), high) * counted, 1e-8)
     return torch.where((raw * counted).sum(1, keepdim=True) > 0, weights, uniform(counted)) if fallback else weights
 
 
