@@ -1,0 +1,101 @@
+"""Models and processors from a directory or a name on the hub, whatever their architecture."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+AUTO = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _located(name: str) -> str:
+    """The name, if it can be one: a directory with a config.json, or a repository's name."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(f"model={name!r}: no config.json in this directory; pass one that save_pretrained wrote, or a name on the hub")
+        return str(path)
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir()
+    if looks_like_a_path:
+        raise FileNotFoundError(f"model={name!r}: no such directory; pass one that save_pretrained wrote, or a name on the hub (owner/model)")
+    return name
+
+
+def _tried(name: str, load: Callable[[str], Any], what: str) -> Any:
+    try:
+        return load(_located(name))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and str(error).startswith("model="):
+            raise
+        raise FileNotFoundError(f"model={name!r}: cannot load its {what}: {error}") from error
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    return _tried(name, lambda path: transformers.AutoConfig.from_pretrained(path, revision=revision), "configuration")
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class that knows this model: with pictures, else text alone."""
+    for auto in AUTO:
+        if type(config) in auto._model_mapping:
+            return auto
+    raise ValueError(f"model: transformers {transformers.__version__} knows no model that generates text for model_type={config.model_type!r}")
+
+
+def load_model(name: str, dtype: str = "auto", revision: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """The model in eval mode. It is loaded on the CPU and moved, so that no extra package is needed."""
+    auto = _auto_class(load_config(name, revision))
+    return _tried(name, lambda path: auto.from_pretrained(path, dtype=DTYPES[dtype], revision=revision), "weights").eval().to(device)
+
+
+def shape_of(name: str, dtype: str = "auto", revision: str | None = None) -> nn.Module:
+    """The same without its weights, on the meta device: enough for a plan, and no bigger than its code."""
+    config = load_config(name, revision)
+    wanted = DTYPES[dtype] if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, dtype=wanted).eval()
+
+
+def images_only(processor_class: Any) -> Any:
+    """A processor class without its part for videos, which needs torchvision. Its constructor takes None there."""
+    every = processor_class.get_attributes()
+    kept = [a for a in every if a != "video_processor"]
+
+    def arguments(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        found = processor_class._get_arguments_from_pretrained.__func__(cls, *args, **kwargs)
+        return [dict(zip(kept, found, strict=True)).get(a) for a in every]
+
+    own = {"get_attributes": classmethod(lambda cls: kept), "_get_arguments_from_pretrained": classmethod(arguments)}
+    nothing = {"__module__": processor_class.__module__, "video_processor": SimpleNamespace(num_frames=None, fps=None)}
+    return type(processor_class.__name__, (processor_class,), own | nothing)
+
+
+def load_processor(name: str, revision: str | None = None) -> Any:
+    """The model's processor; without torchvision one for images only; for a text model its tokenizer."""
+
+    def load(path: str) -> Any:
+        if importlib.util.find_spec("torchvision") is None and (found := _processor_class(path, revision)) is not None:
+            return images_only(found).from_pretrained(path, revision=revision)  # type: ignore[attr-defined]
+        return transformers.AutoProcessor.from_pretrained(path, revision=revision)
+
+    return _tried(name, load, "processor or tokenizer")
+
+
+def _processor_class(path: str, revision: str | None) -> type | None:
+    """The processor's class as its files name it; None where there is none (text models)."""
+    for load in (transformers.ProcessorMixin.get_processor_dict, transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict):
+        try:
+            found, _ = load(path, revision=revision)
+        except OSError:
+            continue
+        if "processor_class" in found:
+            return getattr(transformers, found["processor_class"], None)
+    return None
