@@ -29,6 +29,7 @@ ORDER = [
     "calibrate.result",
     "calibrate.fold",
     "calibrate.plan",
+    "calibrate.estimate",
     "calibrate.work",
     "calibrate.stream",
     "calibrate.chains",

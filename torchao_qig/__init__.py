@@ -13,11 +13,13 @@ from torchao_qig.tensor import PackedIntTensor
 
 __version__ = "0.1.0"
 __all__ = [
-    "Calibration", "PackedIntTensor", "PackedIntWeightOnlyConfig", "QIGInt8DynamicActivationConfig", "QIGWeightOnlyConfig", "calibrate", "save_pretrained",
+    "Calibration", "PackedIntTensor", "PackedIntWeightOnlyConfig", "QIGInt8DynamicActivationConfig", "QIGWeightOnlyConfig", "calibrate", "plan",
+    "save_pretrained",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from torchao_qig.calibrate import Calibration, calibrate
+    from torchao_qig.calibrate.plan import plan
 
 _register(PackedIntTensor)
 import_module("torchao_qig.workflow")  # registers the handlers with torchao
@@ -25,7 +27,7 @@ import_module("torchao_qig.workflow")  # registers the handlers with torchao
 
 def __getattr__(name: str) -> Any:
     """Calibration is imported when it is first used: serving a checkpoint does without."""
-    if name in ("calibrate", "Calibration"):
+    if name in ("calibrate", "Calibration", "plan"):
         package = import_module("torchao_qig.calibrate")
-        return package if name == "calibrate" else package.Calibration
+        return package if name == "calibrate" else getattr(import_module("torchao_qig.calibrate.plan") if name == "plan" else package, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -208,6 +208,15 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         """Whether candidates are tried on the inputs that the model quantized so far has."""
         return self.propagate_error
 
+    def computes_in(self, device: torch.device) -> torch.dtype:
+        """The dtype of gradients and losses."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        if self.quadrature == "riemann" or self.int8_activations:  # bfloat16's steps are as large as int8's
+            return torch.float32
+        fast = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else True
+        return torch.bfloat16 if fast else torch.float32
+
     @property
     def rounds(self) -> bool:
         """Whether calibration chooses the integers, too."""

@@ -20,14 +20,13 @@ from torchao_qig.calibrate.search import Evaluate
 from torchao_qig.calibrate.store import Store
 from torchao_qig.calibrate.stream import Piece, Stream, cast, fresh
 from torchao_qig.calibrate.tokens import Layout, layout
-from torchao_qig.calibrate.work import Part, Work, around, known, subset
+from torchao_qig.calibrate.work import KEEP, Part, Work, around, known, subset
 from torchao_qig.config import QIGWeightOnlyConfig
 
 logger = logging.getLogger(__name__)
 
 AGREE = 2e-3  # mean difference of token weights, relative to their mean, up to which the coarse Gauss rule will do
 DEAR, CHEAP = 0.25, 0.03  # shares of a block's weights: the more of them a group's candidates take, the more sparingly they are tried
-KEEP = 2**30  # bytes of linears' outputs that are kept instead of computed again
 Rounder = Callable[[Tensor, Tensor | None], Tensor]  # weight, scale -> what the quantized form of their product stands for, over scale
 
 

@@ -103,6 +103,20 @@ def _containers(root: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Modul
                 yield name, members
 
 
+def listed_chains(root: nn.Module) -> list[Chain]:
+    """What the model's lists suggest, without running it: the outermost lists of blocks, the decoder's last (the largest there)."""
+    found = [Chain([name for name, _ in members]) for _, members in _containers(root)]
+    outermost = [c for c in found if not any(_lies_in(c, outer) for outer in found)]
+    decoder = root.get_decoder() if hasattr(root, "get_decoder") else None
+    inside = {id(m) for m in (decoder if isinstance(decoder, nn.Module) else root).modules()}
+
+    def place(chain: Chain) -> tuple[bool, int]:
+        blocks = [root.get_submodule(name) for name in chain.names]
+        return id(blocks[0]) in inside, sum(p.numel() for block in blocks for p in block.parameters())
+
+    return sorted(outermost, key=place)
+
+
 @dataclass
 class _Watch:
     """What one candidate did in the first batch."""

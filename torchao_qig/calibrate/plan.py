@@ -1,30 +1,42 @@
-"""What a calibration will do, before it does it: which linears, in which blocks, and why others stay."""
+"""What quantizing will do, before it does it: which linears, in which blocks, and why others stay; bytes before and after."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchao_qig.calibrate.chains import Chain
-from torchao_qig.config import QIGWeightOnlyConfig
+from torchao_qig.calibrate.batches import Batch, naming, read
+from torchao_qig.calibrate.chains import Chain, find_chains, listed_chains, quiet
+from torchao_qig.calibrate.estimate import LENGTH, SAMPLES, Need, need
+from torchao_qig.config import BITS_OF_AUTO, FULL, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
 from torchao_qig.tensor import affine
 
 
 @dataclass
 class Plan:
-    """Chains to run, linears to quantize, and the others by the reason why they stay."""
+    """Chains to run, linears to quantize, and the others by the reason why they stay; bytes of the former's weights.
+
+    `model_bytes` are those of all weights; `need` is what calibrating takes, None where nothing is calibrated.
+    """
 
     chains: list[Chain]
     linears: set[str]
     left: dict[str, list[str]] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    model_bytes: int = 0
+    need: Need | None = None
 
     def __str__(self) -> str:
         blocks = ", ".join(f"{c.names[0]} .. {c.names[-1]}" if len(c.names) > 1 else c.names[0] or "the whole model" for c in self.chains)
         lines = [f"{len(self.linears)} linears in {blocks}: {self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB"]
-        return "\n".join(lines + [f"left as they are, {why}: {_few(names)}" for why, names in self.left.items()])
+        lines += [f"left as they are, {why}: {_few(names)}" for why, names in self.left.items()]
+        if self.model_bytes:
+            after = self.model_bytes - self.bytes_before + self.bytes_after
+            lines.append(f"the whole model: {self.model_bytes / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB")
+        return "\n".join(lines if self.need is None else [*lines, f"calibration: {self.need}"])
 
 
 def _few(names: list[str]) -> str:
@@ -98,7 +110,7 @@ def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOn
     for name, linear in modules.items():
         why = _reason(model, linear, linears[name], shared) if name in inside else "outside the decoder's blocks (name them in modules=)"
         if why is None:
-            if not torch.isfinite(linear.weight).all():
+            if not linear.weight.is_meta and not torch.isfinite(linear.weight).all():
                 raise ValueError(f"{name}: the weight contains NaN or infinity; repair it or leave this layer out with filter_fn. The model is unchanged.")
             plan.linears.add(name)
             size = linear.weight.numel()
@@ -114,3 +126,86 @@ def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOn
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {reasons}. The model is unchanged.")
     plan.chains = _chains_for(model, chains, wanted, sorted(plan.linears)) if chains or config.modules else [Chain([""])]
     return plan
+
+
+def plan(model: nn.Module, config: QIGWeightOnlyConfig | PackedIntWeightOnlyConfig, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Plan:
+    """What `quantize_(model, config)` will do: what is quantized, what stays and why, bytes, and the memory and time of calibration.
+
+    Nothing is quantized, and the model may lie on the meta device: shapes are enough. Where its weights are at hand and `config.calib` is
+    something that can be read again (a list, a DataLoader), the first batch runs once, to see which blocks run; otherwise blocks are
+    those that the model lists, and 128 samples of 1,024 tokens are assumed.
+
+    Args:
+        model, config, filter_fn: as for `quantize_` or `calibrate`.
+    """
+    if not isinstance(config, (QIGWeightOnlyConfig, PackedIntWeightOnlyConfig)):
+        raise TypeError(f"config={type(config).__name__}: plan knows QIGWeightOnlyConfig, QIGInt8DynamicActivationConfig and PackedIntWeightOnlyConfig")
+    chosen = filter_fn or (lambda m, name: isinstance(m, nn.Linear))
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and chosen(m, name)]
+    if isinstance(config, PackedIntWeightOnlyConfig):  # all that the filter matches, nothing to calibrate
+        plain = QIGWeightOnlyConfig(config.bits, config.group_size, config.symmetric, config.dtype, modules=_top_level(names), sensitivity=None)
+        found = choose(model, listed_chains(model), dict.fromkeys(names, plain), plain)
+    else:
+        found = _calibrated_plan(model, config, names)
+    found.model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return found
+
+
+def _top_level(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(name.split(".")[0] for name in names))
+
+
+def _bits(config: QIGWeightOnlyConfig, name: str) -> int:
+    """Those of a linear; for "auto" an upper bound for the budget's mean."""
+    if isinstance(config.bits, dict):
+        return int(config.bits.get(name, FULL))
+    return BITS_OF_AUTO if config.bits == "auto" else int(config.bits)
+
+
+def _calibrated_plan(model: nn.Module, config: QIGWeightOnlyConfig, names: list[str]) -> Plan:
+    batches = _readable(model, config.calib)
+    on_meta = any(p.is_meta for p in model.parameters())
+    with quiet(model):
+        if batches and not on_meta:
+            with naming(model, batches[0]):
+                chains = find_chains(model, batches[0])
+        else:
+            chains = listed_chains(model)
+    linears = {name: config.at(_bits(config, name)) for name in names if _bits(config, name) != FULL}
+    found = choose(model, chains, linears, config)
+    if config.bits == "auto":
+        sizes = [m.weight.numel() for n, m in model.named_modules() if n in found.linears and isinstance(m, nn.Linear)]
+        found.bytes_after = config.max_bytes or found.bytes_after + int(sum(sizes) * ((config.budget or 0) - BITS_OF_AUTO) / 8)
+    done = config.calib is not None and not isinstance(config.calib, Iterable)  # a Calibration
+    if (config.equalizes or config.rounds) and not done:
+        weight = model.get_submodule(min(found.linears)).weight
+        assert isinstance(weight, Tensor)
+        device = torch.device(config.device) if config.device is not None else weight.device
+        dtype = torch.promote_types(weight.dtype, config.computes_in(device))
+        found.need = need(model, found.chains, found.linears, config, found.bytes_after, *_amount(config.calib, batches), device, dtype)
+    return found
+
+
+def _readable(model: nn.Module, loader: Any) -> list[Batch]:
+    """The loader's batches where it can be read again; a list of one for those that would have to be made first."""
+    if not isinstance(loader, Iterable) or iter(loader) is loader:
+        return []
+    batches = read(model, loader)
+    return list(batches) if isinstance(loader, (list, tuple)) else [next(batches)]
+
+
+def _amount(loader: Any, batches: list[Batch]) -> tuple[int, int]:
+    """Samples and tokens."""
+    if not batches:
+        return SAMPLES, SAMPLES * LENGTH
+    samples = sum(b.samples for b in batches)
+    tokens = sum(_tokens(b) for b in batches)
+    times = len(loader) // len(batches) if hasattr(loader, "__len__") else 1
+    return samples * times, tokens * times
+
+
+def _tokens(batch: Batch) -> int:
+    if batch.masks.counted is not None:
+        return int(batch.masks.counted.sum())
+    first = next(v for v in [*batch.args, *batch.kwargs.values()] if isinstance(v, Tensor))
+    return first.shape[:-1].numel() if first.is_floating_point() else first.numel()

@@ -177,14 +177,6 @@ class Run:
             raise ValueError(f"model: {chain.names[0]} has weights on the meta device (offloaded by accelerate?); load the model on the CPU and pass device=")
         return next(iter(devices), torch.device("cpu"))
 
-    def _compute_dtype(self, device: torch.device) -> torch.dtype:
-        if self.config.compute_dtype is not None:
-            return self.config.compute_dtype
-        if self.config.quadrature == "riemann" or self.config.int8_activations:  # bfloat16's steps are as large as int8's
-            return torch.float32
-        fast = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else True
-        return torch.bfloat16 if fast else torch.float32
-
     def _number_samples(self, stream: Stream) -> None:
         mine = [(p.batch, row) for p in stream.pieces for row in p.rows]
         self.samples = {key: i for i, key in enumerate(sorted(key for keys in ranks.gathered(mine) for key in keys))}
@@ -228,7 +220,7 @@ class Run:
         module = self.model.get_submodule(name)
         mine = {n: self.linears[join(name, n)] for n in linears_in(module) if join(name, n) in plan.linears}
         rounders = {n: rounder(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()}
-        given = module, rounders, stream, self.config, self._compute_dtype(stream.device), self.steps
+        given = module, rounders, stream, self.config, self.config.computes_in(stream.device), self.steps
         if self.config.int8_activations:
             block: Block = Int8Block(*given, products={n: integer_product(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()})
         else:

@@ -12,6 +12,8 @@ from torchao_qig.calibrate.observer import Call, Observer, Seen
 from torchao_qig.calibrate.stream import cut
 from torchao_qig.calibrate.tokens import Layout
 
+KEEP = 2**30  # bytes of linears' outputs that are kept instead of computed again
+
 
 @dataclass
 class Part:

@@ -1,0 +1,128 @@
+"""What a calibration will take, before it runs: peak memory and time, from the shapes of the linears and the number of tokens.
+
+Blocks are calibrated one after the other, so memory is that of the largest block. On the compute device: the block in the dtype
+of the computation (twice with `compensate`: as it is, and as it becomes), and what choosing one group's integers takes. On the
+host: the samples' hidden states and what the groups of one block saw. `python -m benchmarks.plan` compares all this with real runs.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchao_qig.calibrate.chains import Chain
+from torchao_qig.calibrate.work import KEEP
+from torchao_qig.config import QIGWeightOnlyConfig
+
+SAMPLES, LENGTH = 128, 1024  # assumed where no batches are given
+SEARCH = {"coarse": 19, "exhaustive": 100}  # forward passes of a block over its samples: benchmarks/results/calibration.md
+GRAMS, WEIGHTS = 8, 7  # copies of a group's Gram matrix and of its weights that choosing integers holds at once
+
+
+@dataclass(frozen=True)
+class Need:
+    """Beyond the model itself.
+
+    Attributes:
+        device_bytes: at the peak, on the device where blocks are computed.
+        host_bytes: at the peak, in the host's memory (or in files past `max_host_memory`), the packed weights included.
+        seconds: all in all.
+        samples, tokens: what that is for.
+        device: where blocks are computed.
+    """
+
+    device_bytes: int
+    host_bytes: int
+    seconds: float
+    samples: int
+    tokens: int
+    device: str
+
+    def __str__(self) -> str:
+        host = f"{_size(self.device_bytes + self.host_bytes)} of memory" if self.device in ("cpu", "meta") else (
+            f"{_size(self.device_bytes)} on {self.device} and {_size(self.host_bytes)} of host memory"
+        )  # fmt: skip
+        return f"{self.samples} samples, {self.tokens:,} tokens: about {_time(self.seconds)} and {host} beyond the model itself"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linears of one module with inputs of the same width: nearly always those that share an input."""
+
+    rows: int
+    columns: int
+    alone: bool
+
+
+def _groups(block: nn.Module, names: Iterable[str]) -> list[_Group]:
+    found: dict[tuple[str, int], list[int]] = {}
+    for name in names:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        found.setdefault((name.rpartition(".")[0], linear.in_features), []).append(linear.out_features)
+    return [_Group(sum(rows), columns, len(rows) == 1) for (_, columns), rows in found.items()]
+
+
+def products_per_second(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Multiplications and additions per second of a matrix product here, measured for a fraction of a second."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a = (a @ a) * 1e-3
+        float(a[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def need(
+    model: nn.Module, chains: list[Chain], linears: set[str], config: QIGWeightOnlyConfig, packed: int, samples: int, tokens: int, device: torch.device,
+    dtype: torch.dtype,
+) -> Need:  # fmt: skip
+    """For a calibration of these linears on so many tokens; `packed`: bytes of the weights that it chooses."""
+    itemsize, rate = dtype.itemsize, products_per_second(device if device.type != "meta" else torch.device("cpu"), dtype)
+    on_device = on_host = 0
+    products = 0.0
+    streams = 2 if config.compensate or config.on_quantized_inputs else 1
+    for name in (n for chain in chains for n in chain.names):
+        block = model.get_submodule(name)
+        prefix = f"{name}." if name else ""
+        groups = _groups(block, [n.removeprefix(prefix) for n in linears if n.startswith(prefix)])
+        if not groups:
+            continue
+        size = sum(p.numel() for p in block.parameters())
+        width = min(g.columns for g in groups)
+        outputs = min(KEEP, tokens * itemsize * sum(g.rows for g in groups if not g.alone))
+        seen = tokens * itemsize * sum(g.columns + (0 if g.alone else width) for g in groups) + outputs
+        hidden = streams * tokens * width * itemsize
+        choosing = max(4 * (GRAMS * g.columns**2 + WEIGHTS * g.rows * g.columns) for g in groups) if config.rounds else 0
+        on_device = max(on_device, (2 if streams > 1 else 1) * size * itemsize + choosing)
+        on_host = max(on_host, seen + hidden)
+        products += _products(size, groups, tokens, config)
+    return Need(on_device, on_host + packed, products / rate, samples, tokens, device.type)
+
+
+def _products(size: int, groups: list[_Group], tokens: int, config: QIGWeightOnlyConfig) -> float:
+    """Multiplications and additions that one block takes."""
+    forward = 2.0 * size * tokens
+    total = forward
+    if config.equalizes and config.smoothing is None:
+        total += SEARCH[config.search] * forward
+    if config.compensate or config.on_quantized_inputs:
+        total += (1 + len(groups)) * forward
+    if config.rounds:
+        for g in groups:
+            total += 4.0 * tokens * g.columns**2  # its two Gram matrices
+            solved = 2.0 * g.columns**3 + 2.0 * g.rows * g.columns**2 * (3 + 4 * config.sweeps)
+            total += solved if config.compensate else 0.0
+    return total
