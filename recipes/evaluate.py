@@ -26,8 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes.small_lvlm.data import FAMILIES, Sample, chosen
 from recipes.small_lvlm.model import WEIGHTS, Packed, load, pack, pixel_values
-
-RESAMPLES = 2000
+from torchao_qig.lvlm.evaluate import interval
 
 
 @dataclass
@@ -91,16 +90,6 @@ def answer(
         if keep is not None:
             keep.append(logp)
     return Answers(family, **{name: torch.cat(values) for name, values in columns.items()})
-
-
-def interval(values: Tensor, weights: Tensor, picture: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """sum(values) / sum(weights) and its 95 % interval, pictures drawn with replacement."""
-    where, index = picture.unique(return_inverse=True)
-    per = torch.zeros(2, len(where), dtype=torch.float64).index_add(1, index, torch.stack([values.double(), weights.double()]))
-    drawn = torch.multinomial(torch.ones(len(where)), RESAMPLES * len(where), True, generator=torch.Generator().manual_seed(seed)).view(RESAMPLES, -1)
-    sums = per[:, drawn].sum(-1)
-    low, high = (sums[0] / sums[1].clamp(min=1e-9)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(per[0].sum() / per[1].sum()), low, high
 
 
 def scores(answers: Answers) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""lmms-eval on a model in memory: any transformers LVLM, quantized or not, on any of lmms-eval's tasks.
-
-    lm = InMemory(model, from_processor(processor), partial(processor.decode, skip_special_tokens=True))
-    results = lmms_eval.evaluator.simple_evaluate(lm, tasks=["vizwiz_vqa_val", "chartqa"])
-
-The small LVLM on its own task, offline:
+"""lmms-eval on the small LVLM and its own task, offline (`torchao-qig evaluate --tasks` does the same for any LVLM):
 
     python -m recipes.lmms [--bits 3] [--method default] [--limit 200]
 
@@ -16,77 +11,22 @@ import argparse
 import io
 import json
 import tempfile
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from lmms_eval.api.instance import Instance
-from lmms_eval.api.model import lmms
 from PIL import Image
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from benchmarks.timing import machine
 from recipes.methods import METHODS, quantized
 from recipes.small_lvlm.data import chosen
 from recipes.small_lvlm.model import inputs, load
+from torchao_qig.lvlm.harness import InMemory
 
-Prepare = Callable[[list[list[Image.Image]], list[str]], dict[str, Tensor]]  # pictures and question of each sample -> the model's keywords
 TASK = Path(__file__).parent / "small_lvlm" / "lmms"
-
-
-def from_processor(processor: Any) -> Prepare:
-    """Batches as a Hugging Face processor makes them, through its chat template."""
-
-    def prepare(pictures: list[list[Image.Image]], questions: list[str]) -> dict[str, Tensor]:
-        chats = []
-        for shown, question in zip(pictures, questions, strict=True):
-            content = [*({"type": "image", "image": picture} for picture in shown), {"type": "text", "text": question}]
-            chats.append([{"role": "user", "content": content}])
-        processor.tokenizer.padding_side = "left"
-        options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True)
-        return dict(processor.apply_chat_template(chats, **options))
-
-    return prepare
-
-
-class InMemory(lmms):
-    """Greedy answers of a model; lmms-eval's tasks that generate are supported, those of log-likelihoods are not."""
-
-    def __init__(self, model: nn.Module, prepare: Prepare, decode: Callable[[Tensor], str], batch_size: int = 16) -> None:
-        super().__init__()
-        self.model, self.prepare, self.decode, self.batch_size = model, prepare, decode, batch_size
-
-    @torch.no_grad()
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        answers: list[str] = []
-        for i in tqdm(range(0, len(requests), self.batch_size), "answering"):
-            pictures, questions = [], []
-            for request in requests[i : i + self.batch_size]:
-                question, options, visual, number, task, split = request.args
-                pictures.append(visual(self.task_dict[task][split][number]))
-                questions.append(question)
-            batch = {k: v.to(self.model.device) for k, v in self.prepare(pictures, questions).items()}  # type: ignore[arg-type]
-            limit = int(options.get("max_new_tokens", 128))
-            new = self.model.generate(**batch, max_new_tokens=limit, do_sample=False)[:, batch["input_ids"].shape[1] :]  # type: ignore[operator]
-            answers += [self.until(self.decode(row), options.get("until")) for row in new]
-        return answers
-
-    @staticmethod
-    def until(text: str, stops: str | list[str] | None) -> str:
-        for stop in [stops] if isinstance(stops, str) else stops or []:
-            text = text.split(stop)[0] if stop else text
-        return text
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("InMemory answers tasks of output_type generate_until; this task asks for log-likelihoods")
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("InMemory answers tasks of output_type generate_until; this task has several rounds")
 
 
 def export(folder: Path, pictures: int) -> Path:

@@ -12,7 +12,33 @@ import torchao_qig
 PACKAGE = Path(torchao_qig.__file__).parent
 ORDER = [
     "cli",
+    "report.page",
+    "report.cards",
+    "report.tables",
+    "report.figures",
+    "report.weights",
+    "report.read",
+    "report.patches",
+    "report.names",
+    "report.colours",
     "report",
+    "lvlm.quantize",
+    "lvlm.explain",
+    "lvlm.evaluate",
+    "lvlm.bench",
+    "lvlm.serve",
+    "lvlm.harness",
+    "lvlm.card",
+    "lvlm.check",
+    "lvlm.recipe",
+    "lvlm.data",
+    "lvlm.chat",
+    "lvlm.mixes",
+    "lvlm.samples",
+    "lvlm.rows",
+    "lvlm.messages",
+    "lvlm.pictures",
+    "lvlm.load",
     "lvlm",
     "__init__",
     "workflow",
@@ -84,6 +110,8 @@ def test_imports_point_down(path: Path) -> None:
     assert mine >= 0, f"{path} belongs to no room"
     for module, name in imports(path):
         if module.startswith("torchao_qig") and (name_of(path), module) != ("config", "torchao_qig.workflow"):
+            if module == "torchao_qig" and mine < room_of("__init__"):
+                continue  # what stands above the library uses its public names
             below = f"{module}.{name}".removeprefix("torchao_qig").removeprefix(".")
             target = max(room_of(below), room_of(module.removeprefix("torchao_qig").removeprefix(".")))
             if below.split(".")[0] != "tensor" or target >= 0:
@@ -100,7 +128,7 @@ def test_no_heavy_or_private_imports(path: Path) -> None:
         assert top != "recipes" or path.name == "cli.py"  # the demo, which needs the repository
         if top == "transformers":
             assert {"integrations", "lvlm"} & set(path.parts)
-        if module.startswith("torchao.") and module not in {"torchao.utils", "torchao.core.config"}:
+        if module.startswith("torchao.") and module not in {"torchao.utils", "torchao.core.config", "torchao.quantization"}:
             assert path.name == "_compat.py"
 
 

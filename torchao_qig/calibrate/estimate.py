@@ -18,6 +18,7 @@ from torchao_qig.config import QIGWeightOnlyConfig
 
 SAMPLES, LENGTH = 128, 1024  # assumed where no batches are given
 SEARCH = {"coarse": 19, "exhaustive": 100}  # forward passes of a block over its samples: benchmarks/results/calibration.md
+AT_ONCE = 2048  # tokens that are computed at once, about
 GRAMS, WEIGHTS = 8, 7  # copies of a group's Gram matrix and of its weights that choosing integers holds at once
 
 
@@ -106,7 +107,8 @@ def need(
         seen = tokens * itemsize * sum(g.columns + (0 if g.alone else width) for g in groups) + outputs
         hidden = streams * tokens * width * itemsize
         choosing = max(4 * (GRAMS * g.columns**2 + WEIGHTS * g.rows * g.columns) for g in groups) if config.rounds else 0
-        on_device = max(on_device, (2 if streams > 1 else 1) * size * itemsize + choosing)
+        searching = itemsize * (size + 4 * min(tokens, AT_ONCE) * sum(g.rows for g in groups)) if config.equalizes else 0  # rounded weights, graphs
+        on_device = max(on_device, (2 if streams > 1 else 1) * size * itemsize + max(choosing, searching))
         on_host = max(on_host, seen + hidden)
         products += _products(size, groups, tokens, config)
     return Need(on_device, on_host + packed, products / rate, samples, tokens, device.type)

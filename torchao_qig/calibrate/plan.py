@@ -30,12 +30,18 @@ class Plan:
     need: Need | None = None
 
     def __str__(self) -> str:
+        return "\n".join(filter(None, [self.linears_by_fate(), self.outlook()]))
+
+    def linears_by_fate(self) -> str:
+        """What is quantized, and what is not and why."""
         blocks = ", ".join(f"{c.names[0]} .. {c.names[-1]}" if len(c.names) > 1 else c.names[0] or "the whole model" for c in self.chains)
         lines = [f"{len(self.linears)} linears in {blocks}: {self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB"]
-        lines += [f"left as they are, {why}: {_few(names)}" for why, names in self.left.items()]
-        if self.model_bytes:
-            after = self.model_bytes - self.bytes_before + self.bytes_after
-            lines.append(f"the whole model: {self.model_bytes / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB")
+        return "\n".join(lines + [f"left as they are, {why}: {_few(names)}" for why, names in self.left.items()])
+
+    def outlook(self) -> str:
+        """The size of the whole model before and after, and what calibrating takes, as far as that is known."""
+        after = self.model_bytes - self.bytes_before + self.bytes_after
+        lines = [f"the whole model: {self.model_bytes / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB"] if self.model_bytes else []
         return "\n".join(lines if self.need is None else [*lines, f"calibration: {self.need}"])
 
 

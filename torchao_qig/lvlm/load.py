@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 AUTO = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
@@ -32,17 +33,17 @@ def _located(name: str) -> str:
 def _tried(name: str, load: Callable[[str], Any], what: str) -> Any:
     try:
         return load(_located(name))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, FileNotFoundError) and str(error).startswith("model="):
             raise
-        raise FileNotFoundError(f"model={name!r}: cannot load its {what}: {error}") from error
+        raise FileNotFoundError(f"model={name!r}: cannot load its {what}: {' '.join(str(error).split())}") from error
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
     return _tried(name, lambda path: transformers.AutoConfig.from_pretrained(path, revision=revision), "configuration")
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """The auto class that knows this model: with pictures, else text alone."""
     for auto in AUTO:
         if type(config) in auto._model_mapping:
@@ -52,8 +53,13 @@ def _auto_class(config: Any) -> Any:
 
 def load_model(name: str, dtype: str = "auto", revision: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """The model in eval mode. It is loaded on the CPU and moved, so that no extra package is needed."""
-    auto = _auto_class(load_config(name, revision))
-    return _tried(name, lambda path: auto.from_pretrained(path, dtype=DTYPES[dtype], revision=revision), "weights").eval().to(device)
+    auto = auto_class(load_config(name, revision))
+    options = dict(dtype=DTYPES[dtype], revision=revision, output_loading_info=True)
+    model, found = _tried(name, lambda path: auto.from_pretrained(path, **options), "weights")
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ValueError(f"model={name!r}: {len(missing)} weights are not in its files and would be random: {', '.join(missing[:3])} ...; repair the directory")
+    return model.eval().to(device)
 
 
 def shape_of(name: str, dtype: str = "auto", revision: str | None = None) -> nn.Module:
@@ -61,7 +67,7 @@ def shape_of(name: str, dtype: str = "auto", revision: str | None = None) -> nn.
     config = load_config(name, revision)
     wanted = DTYPES[dtype] if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
-        return _auto_class(config).from_config(config, dtype=wanted).eval()
+        return auto_class(config).from_config(config, dtype=wanted).eval()
 
 
 def images_only(processor_class: Any) -> Any:
@@ -83,7 +89,7 @@ def load_processor(name: str, revision: str | None = None) -> Any:
 
     def load(path: str) -> Any:
         if importlib.util.find_spec("torchvision") is None and (found := _processor_class(path, revision)) is not None:
-            return images_only(found).from_pretrained(path, revision=revision)  # type: ignore[attr-defined]
+            return images_only(found).from_pretrained(path, revision=revision)
         return transformers.AutoProcessor.from_pretrained(path, revision=revision)
 
     return _tried(name, load, "processor or tokenizer")

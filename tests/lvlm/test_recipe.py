@@ -1,0 +1,97 @@
+"""Recipes: layers, files, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchao_qig import QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.lvlm.recipe import Recipe, keys, read, recipe
+
+KEYS: dict[str, st.SearchStrategy[Any]] = {
+    "bits": st.integers(2, 8),
+    "group_size": st.sampled_from([-1, 16, 64, 128]),
+    "samples": st.integers(1, 500),
+    "damping": st.floats(1e-6, 1.0),
+    "sensitivity": st.sampled_from(["qig", "uniform", "modality", None]),
+    "compensate": st.booleans(),
+    "prompt": st.text(min_size=1),
+    "int8_activations": st.booleans(),
+    "modules": st.none() | st.lists(st.sampled_from(["visual", "lm_head"]), min_size=1),
+    "max_kl": st.floats(0, 10),
+}
+LAYER = st.fixed_dictionaries({}, optional=KEYS)
+
+
+@given(st.lists(LAYER, min_size=1, max_size=3))
+def test_later_layers_win(layers: list[dict[str, Any]]) -> None:
+    made = recipe(*layers)
+    resolved = made.resolved()
+    last = {k: v for layer in layers for k, v in layer.items()}
+    assert {k: resolved[k] for k in last if k != "sensitivity"} == {k: v for k, v in last.items() if k != "sensitivity"}
+    config = made.config()
+    assert type(config) is (QIGInt8DynamicActivationConfig if last.get("int8_activations") else QIGWeightOnlyConfig)
+    assert all(getattr(config, k) == v for k, v in last.items() if k in ("bits", "group_size", "damping", "compensate", "modules"))
+
+
+@given(LAYER)
+def test_what_is_written_is_a_recipe(tmp_path_factory: pytest.TempPathFactory, layer: dict[str, Any]) -> None:
+    path = tmp_path_factory.getbasetemp() / "recipe.yaml"
+    made = recipe(layer)
+    made.write(path)
+    assert recipe(read(path)).resolved() == made.resolved()
+    assert list(yaml.safe_load(path.read_text())) == list(made.resolved())
+
+
+def test_settings_are_those_of_the_config() -> None:
+    """Whatever a user may set in Python, but for data and run-time objects, is a key."""
+    assert {"bits", "budget", "loss", "repair", "clip", "micro_batch", "max_host_memory", "compute_dtype"} <= set(keys())
+    assert {"calib", "device"} <= set(keys())  # a recipe's own
+    assert not {"version", "step", "base_config", "verbose", "checkpoint_dir", "pre_scaled"} & set(keys())
+    assert "smoothquant" in keys(True)
+    assert "smoothquant" not in keys(False)
+
+
+@pytest.mark.parametrize(
+    "layer, said",
+    [
+        ({"bitz": 3}, "bitz: no such setting; did you mean bits?"),
+        ({"version": 2}, "version: no such setting"),
+        ({"samples": 0}, "samples=0"),
+        ({"samples": True}, "samples=True"),
+        ({"few_shot": 2, "interleaved": 2}, "few_shot=2, interleaved=2"),
+        ({"dtype": "fp8"}, "dtype='fp8'"),
+        ({"compute_dtype": "auto"}, "compute_dtype='auto'"),
+        ({"max_kl": "much"}, "max_kl='much'"),
+        ({"bits": "auto"}, "bits='auto' with no budget"),
+        ({"smoothquant": 0.5}, "smoothquant: no such setting"),
+        ({"device": "moon"}, "device='moon'"),
+    ],
+)
+def test_refused(layer: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        recipe(layer)
+    assert said in str(error.value)
+
+
+def test_numbers_that_yaml_takes_for_texts(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("damping: 1e-2\nmax_kl: 1e3\nmodel: 1e3\n")
+    made = recipe(read(tmp_path / "x.yaml"))
+    assert (made.config().damping, made.max_kl, made.model) == (0.01, 1000.0, "1e3")
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- bits")
+    for name, said in (("list.yaml", "has no keys"), ("", "not a YAML file")):
+        with pytest.raises(ValueError, match=said):
+            read(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read(tmp_path / "absent.yaml")
+
+
+def test_missing() -> None:
+    with pytest.raises(ValueError, match=r"model, calib: not given; pass MODEL, --calib, or --config"):
+        Recipe(output="out").needs("model", "calib", "output")

@@ -1,0 +1,332 @@
+"""The command line as a person uses it: the whole way on a tiny checkpoint, and everything that a person gets wrong."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import Result
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+import torchao_qig.lvlm.quantize
+from tests.tiny_dirs import PROCESSORS, directory
+from torchao_qig import Calibration, PackedIntTensor
+from torchao_qig.cli import app
+from torchao_qig.lvlm import recipe
+from torchao_qig.lvlm.load import load_processor
+
+FLAGS = ["--group-size", "64", "--samples", "6"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, coco.jsonl and images/."""
+    root = tmp_path_factory.mktemp("tiny")
+    directory("llava_onevision", root / "model")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(10):
+        width, height = rng.integers(24, 90, 2)
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
+        rows.append({"image": f"{i}.png", "caption": f"{i} noisy things"})
+    (root / "coco.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the same, to be changed at will."""
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args))
+
+
+def quantize(*more: str, model: str = "model", calib: str = "coco.jsonl", images: str = "images", output: str = "out") -> Result:
+    return run("quantize", model, "--calib", calib, "--images", images, "--output", output, "--bits", "3", *FLAGS, *more)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name not in ("model", "images", "coco.jsonl"))
+
+
+def tokens_of(model: torch.nn.Module, folder: Path) -> list[int]:
+    processor = load_processor(str(folder))
+    content = [{"type": "image", "image": Image.open("images/0.png")}, {"type": "text", "text": "what is it?"}]
+    options: dict[str, Any] = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    batch = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    return model.generate(**batch, max_new_tokens=6, do_sample=False)[0].tolist()
+
+
+def test_the_whole_way(here: Path) -> None:
+    """quantize, from_pretrained, generate, evaluate, report; the recipe that was written gives the same weights again."""
+    dry = quantize("--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert "14 linears in model.language_model.layers.0" in dry.output
+    assert leftovers(here) == []
+
+    done = quantize()
+    assert done.exit_code == 0, done.output
+    assert "written: out" in done.output
+    assert leftovers(here) == ["out"]
+    model = AutoModelForImageTextToText.from_pretrained("out")
+    packed = {n: p for n, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
+    assert len(packed) == 14
+    assert all((p.bits, p.group_size) == (3, 64) for p in packed.values())
+    assert len(tokens_of(model, here / "out")) > 6
+    found = Calibration.load("out/qig/calibration")
+    assert all(torch.equal(found.weights[n.removesuffix(".weight")].qdata, p.qdata) for n, p in packed.items())
+    receipt = json.loads(Path("out/qig/receipt.json").read_text())
+    assert receipt["samples"]["used"] == 6
+    assert receipt["check"]["kl"] < 0.1
+    shown = json.loads(Path("out/qig/samples.json").read_text())
+    weights = Calibration.load("out/qig/sensitivity")
+    for i, sample in enumerate(shown):
+        assert len(sample["tokens"]) == int((weights.modality[i] != 0).sum())
+        assert sample["tokens"].count("<image>") == int((weights.modality[i] == 2).sum())
+        assert Path("out/qig", sample["images"][0]["file"]).exists()
+
+    told = run("evaluate", "out", "--data", "coco.jsonl", "--images", "images", "--reference", "model")
+    assert told.exit_code == 0, told.output
+    rows = {row["name"]: row for row in json.loads(Path("out/qig/evaluation.json").read_text())["rows"]}
+    assert rows["full precision"]["kl"] is None
+    assert rows["quantized"]["kl"][0] > 0
+    assert rows["quantized"]["bytes"] < rows["full precision"]["bytes"]
+    assert abs(rows["quantized"]["nll"][0] - rows["full precision"]["nll"][0]) < 0.1
+    card = Path("out/README.md").read_text()
+    assert f"{rows['quantized']['nll'][0]:.4f}" in card
+    assert 'from_pretrained("out")' in card
+
+    page = run("report", "out")
+    assert page.exit_code == 0, page.output
+    assert Path("out/qig/report/report.html").stat().st_size > 10_000
+
+    again = run("quantize", "--config", "out/qig/recipe.yaml", "--output", "again")
+    assert again.exit_code == 0, again.output
+    other = AutoModelForImageTextToText.from_pretrained("again")
+    assert all(torch.equal(p.qdata, packed[n].qdata) for n, p in other.named_parameters() if isinstance(p, PackedIntTensor))
+
+
+def test_plan_reads_no_weights(here: Path) -> None:
+    (here / "model" / "model.safetensors").unlink()
+    done = run("plan", "model", "--bits", "3", "--group-size", "64")
+    assert done.exit_code == 0, done.output
+    assert "14 linears" in done.output
+    assert "128 samples, 131,072 tokens" in done.output
+
+
+def test_files_and_flags_say_the_same(here: Path) -> None:
+    """Later files go over earlier ones, flags over files."""
+    Path("a.yaml").write_text("bits: 4\ngroup_size: 64\nmodel: model\n")
+    Path("b.yaml").write_text("bits: 2\n")
+    texts = [
+        run("plan", "--config", "a.yaml").output,
+        run("plan", "model", "--bits", "4", "--group-size", "64").output,
+        run("plan", "--config", "b.yaml", "--config", "a.yaml").output,
+        run("plan", "--config", "a.yaml", "--config", "b.yaml", "--set", "bits=4").output,
+    ]
+    lines = {text.splitlines()[0] for text in texts}
+    assert len(lines) == 1
+    assert run("plan", "--config", "a.yaml", "--config", "b.yaml").output.splitlines()[0] not in lines
+
+
+def _no_linears(folder: Path) -> None:
+    """GPT-2's products are modules of its own kind."""
+    shutil.rmtree(folder / "model")
+    tokens = dict(bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=200, **tokens)).save_pretrained(folder / "model")
+    PROCESSORS["qwen2"]().save_pretrained(folder / "model")
+    (folder / "words.txt").write_text("one two three\n\nfour five six")
+
+
+def _other_weights(folder: Path) -> None:
+    """Those of a model with one block less."""
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config["text_config"] |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+
+
+def _corrupt(folder: Path) -> None:
+    for i in range(10):
+        (folder / "images" / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+
+
+def _no_images(folder: Path) -> None:
+    shutil.rmtree(folder / "images")
+    (folder / "images").mkdir()
+
+
+def _strings(folder: Path) -> None:
+    (folder / "coco.jsonl").write_text('"just a string"\n"another"\n')
+
+
+def _broken_weights(folder: Path) -> None:
+    data = (folder / "model" / "model.safetensors").read_bytes()
+    (folder / "model" / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+WRONG: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], list[str], list[str]]] = {
+    # what is done to the folder, arguments, flags, what the message says
+    "no such model": (None, {"model": "modle"}, [], ["model='modle'", "no such directory"]),
+    "no config in it": (None, {"model": "images"}, [], ["model='images'", "no config.json"]),
+    "no such samples": (None, {"calib": "coko.jsonl"}, [], ["coko.jsonl"]),
+    "no such images": (None, {"images": "picutres"}, [], ["images='picutres'", "no such folder"]),
+    "no linears": (_no_linears, {"calib": "words.txt"}, [], ["nothing to quantize in GPT2LMHeadModel"]),
+    "weights missing": (_other_weights, {}, [], ["model='model'", "layers.2"]),
+    "images missing": (_no_images, {}, [], ["image missing", "coco.jsonl:"]),
+    "images corrupt": (_corrupt, {}, [], ["image unreadable", "coco.jsonl:"]),
+    "empty samples": (lambda f: (f / "coco.jsonl").write_text(""), {}, [], ["calib='coco.jsonl'", "empty"]),
+    "samples are strings": (_strings, {}, [], ["coco.jsonl:1"]),
+    "group size does not divide": (None, {}, ["--group-size", "96"], ["group_size=96 does not divide"]),
+    "group size no multiple of 16": (None, {}, ["--group-size", "10"], ["group_size=10"]),
+    "no bits": (None, {}, ["--bits", "0"], ["bits=0"]),
+    "too many bits": (None, {}, ["--bits", "9"], ["bits=9"]),
+    "no such setting": (None, {}, ["--set", "dampening=0.1"], ["dampening: no such setting", "damping"]),
+    "setting without a value": (None, {}, ["--set", "damping"], ["--set 'damping': write key=value"]),
+    "wrong value": (None, {}, ["--set", "sweeps=many"], ["sweeps='many'"]),
+    "wrong sensitivity": (None, {}, ["--sensitivity", "attention"], ["sensitivity='attention'"]),
+    "wrong dtype": (None, {}, ["--dtype", "int8"], ["dtype='int8'"]),
+    "wrong device": (None, {}, ["--device", "gpu0"], ["device='gpu0'"]),
+    "no such part": (None, {}, ["--modules", "visual"], ["no module 'visual'"]),
+    "all too long": (None, {}, ["--max-length", "5"], ["none of"]),
+    "no such file": (None, {}, ["--config", "absent.yaml"], ["config='absent.yaml'"]),
+    "no YAML": (lambda f: (f / "x.yaml").write_text("a: [1"), {}, ["--config", "x.yaml"], ["x.yaml", "not a YAML file"]),
+    "output exists": (lambda f: (f / "out").write_text("mine"), {}, [], ["output='out'", "exists already"]),
+    "weights cut short": (_broken_weights, {}, [], ["model='model'", "cannot load its weights"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_people_get_wrong(here: Path, case: str) -> None:
+    """One line that names the argument, exit code 2, and nothing left behind."""
+    change, arguments, flags, said = WRONG[case]
+    if change is not None:
+        change(here)
+    before = leftovers(here)
+    done = quantize(*flags, **arguments)
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    error = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1, done.output
+    assert all(part in error[0] for part in said), error[0]
+    assert leftovers(here) == before
+
+
+def test_missing_arguments(here: Path) -> None:
+    done = run("quantize", "model")
+    assert (done.exit_code, "calib, output: not given" in done.output) == (2, True)
+    assert run("quantize").exit_code == 2
+    assert "nothing to evaluate on" in run("evaluate", "model").output
+
+
+def test_some_bad_rows_are_named_and_skipped(here: Path) -> None:
+    with open("coco.jsonl", "a") as file:
+        file.write('{"image": "absent.png", "caption": "x"}\nno json\n{"image": "0.png"}\n')
+    with pytest.warns(UserWarning, match="rows skipped"):
+        done = quantize("--samples", "13", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "coco.jsonl:11" in done.output
+    assert "coco.jsonl:12" in done.output
+
+
+def test_a_broken_model_is_an_error(here: Path) -> None:
+    done = quantize("--set", "max_kl=1e-9")
+    assert done.exit_code == 3
+    assert "diverges from full precision" in done.output
+    assert not Path("out").exists()
+
+
+def _interrupt_after_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao_qig.calibrate.run import Run
+
+    original = Run._run_block
+
+    def once(self: Run, name: str, *args: Any) -> Any:
+        if name.endswith("layers.1") and self.config.sensitivity is None:  # the run itself, not the token weights for the report
+            raise KeyboardInterrupt
+        return original(self, name, *args)
+
+    monkeypatch.setattr(Run, "_run_block", once)
+
+
+def test_an_interrupted_run_is_resumed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quantize(output="whole").exit_code == 0
+    with monkeypatch.context() as patched:
+        _interrupt_after_a_block(patched)
+        done = quantize()
+    assert done.exit_code == 130
+    assert "--resume" in done.output
+    assert leftovers(here) == ["out.partial", "whole"]
+
+    refused = quantize()
+    assert refused.exit_code == 2
+    assert "interrupted run" in refused.output
+    other = quantize("--resume", "--seed", "1")
+    assert other.exit_code == 2
+    assert "seed=1" in other.output
+
+    explained = (here / "out.partial" / "explained" / "samples.json").stat().st_mtime_ns
+    blocks: list[str] = []
+    run_block = torchao_qig.calibrate.run.Run._run_block  # type: ignore[attr-defined]
+    monkeypatch.setattr(torchao_qig.calibrate.run.Run, "_run_block", lambda self, name, *a: (blocks.append(name), run_block(self, name, *a))[1])  # type: ignore[attr-defined]
+    done = quantize("--resume")
+    assert done.exit_code == 0, done.output
+    assert [b.rsplit(".", 1)[-1] for b in blocks] == ["1"]
+    assert (here / "out" / "qig" / "samples.json").stat().st_mtime_ns == explained
+    assert leftovers(here) == ["out", "whole"]
+    resumed, whole = (load_file(here / name / "model.safetensors") for name in ("out", "whole"))
+    assert set(resumed) == set(whole)
+    assert all(torch.equal(t, whole[name]) for name, t in resumed.items())
+
+
+def test_a_full_disk_leaves_nothing_half_written(here: Path) -> None:
+    """Files may not grow beyond 200 kB, as on a full disk, from the moment the checkpoint is written. Then there is room, and the run goes on."""
+    script = (
+        "import resource, sys; import torchao_qig.lvlm.quantize as q; from torchao_qig.cli import app\n"
+        "save = q.save_pretrained\n"
+        "def full(*args):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); save(*args)\n"
+        "q.save_pretrained = full; app()"
+    )
+    args = ["quantize", "model", "--calib", "coco.jsonl", "--images", "images", "--output", "out", "--bits", "3", *FLAGS]
+    assert (here / "model" / "model.safetensors").stat().st_size > 2 * 200_000
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "error: " in done.stderr
+    assert leftovers(here) == ["out.partial"]
+    assert not (here / "out.partial" / "saved").exists()
+    assert quantize("--resume").exit_code == 0
+    assert leftovers(here) == ["out"]
+
+
+def test_any_setting_goes_through_a_recipe() -> None:
+    """Every key that a recipe writes is one that it reads, and gives the same config."""
+    for int8 in (False, True):
+        first = recipe.recipe({"int8_activations": int8, "bits": 4, "compute_dtype": "bfloat16", "device": "cpu"})
+        again = recipe.recipe(yaml.safe_load(yaml.safe_dump(first.resolved())))
+        assert set(first.resolved()) == set(recipe.keys(int8))
+        assert again.config() == first.config()
+        assert again.config().compute_dtype is torch.bfloat16
+        assert (again.config().public(), again.config().device) == (first.config().public(), first.config().device)
+
+
+def test_the_limit_of_the_disk_test() -> None:
+    """It stays in its own process."""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -1,0 +1,65 @@
+"""Is the quantized model still the model? Its next-token distributions beside those of full precision, on a few samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCHES, POSITIONS = 4, 256  # looked at; positions per batch
+
+
+class BrokenModel(RuntimeError):
+    """The quantized model no longer says what the original says."""
+
+
+def answer_positions(batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) bool: positions whose next token is part of an answer, all that are no padding where there are no answers."""
+    ids, labels = batch["input_ids"], batch.get("labels")
+    here = torch.zeros_like(ids, dtype=torch.bool)
+    if labels is not None:
+        here[:, :-1] = labels[:, 1:] != -100
+    if not here.any():
+        mask = batch.get("attention_mask")
+        here[:, :-1] = True if mask is None else (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    return here
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, batch: dict[str, Tensor], limit: int | None = POSITIONS) -> Tensor:
+    """(positions, vocabulary), float32 on the host."""
+    device = next(p.device for p in model.parameters())
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in batch.items() if k not in ("labels", "vision_mask", "answer_mask")}
+    at = answer_positions(batch).to(device)
+    logits = model(**inputs, use_cache=False).logits[at][:limit]
+    return logits.float().log_softmax(-1).cpu()
+
+
+def references(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+    """What the model says, to be compared with later."""
+    return [log_probabilities(model, batch) for batch, _ in zip(batches, range(BATCHES), strict=False)]
+
+
+def divergence(reference: list[Tensor], model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
+    """Mean KL per token (nats), the part of tokens whose likeliest successor is the same, and their number."""
+    kl = same = count = 0.0
+    for logp, batch in zip(reference, batches, strict=False):
+        now = log_probabilities(model, batch)
+        kl += float((logp.exp() * (logp - now)).sum(dtype=torch.float64))
+        same += float((logp.argmax(-1) == now.argmax(-1)).sum())
+        count += len(logp)
+    return {"kl": kl / max(count, 1), "agreement": same / max(count, 1), "tokens": int(count)}
+
+
+def check(found: dict[str, Any], max_kl: float) -> None:
+    if not math.isfinite(found["kl"]):
+        raise BrokenModel("the quantized model puts out NaN or infinity; try more bits, another --dtype, or --device cpu. Nothing was written.")
+    if found["kl"] > max_kl:
+        raise BrokenModel(
+            f"the quantized model diverges from full precision by {found['kl']:.3f} nats per token (max_kl={max_kl:g}) and agrees on"
+            f" {found['agreement']:.0%} of {found['tokens']} tokens; use more bits, smaller groups, or samples like your data. Nothing was written."
+        )

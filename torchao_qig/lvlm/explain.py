@@ -1,0 +1,75 @@
+"""What the report shows of a few samples: their pictures, their tokens, and how much quantization-aware integrated gradients make of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from torchao_qig import calibrate
+from torchao_qig.lvlm.data import calibration_batches
+from torchao_qig.lvlm.pictures import opened
+from torchao_qig.lvlm.recipe import Recipe
+from torchao_qig.lvlm.samples import Sample
+
+LARGEST = 512  # pixels of a shown picture's longer side
+BITS = 4  # where the recipe has no number
+HINTS = ("num_image_tokens", "image_seq_length", "image_seq_len")  # of processors: tokens of one tile
+
+
+def token_weights(model: nn.Module, wanted: Recipe, samples: Sequence[Sample], processor: Any, directory: Path) -> Path | None:
+    """Calibrate for token weights alone, on the first samples; write sensitivity/, samples.json and samples/ into `directory`.
+
+    Where an interrupted run has done so already, nothing is computed.
+    """
+    if not wanted.explain or directory.exists():
+        return directory if wanted.explain else None
+    unfinished = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    batches = calibration_batches(samples[: wanted.explain], processor, tokens=wanted.tokens, max_length=wanted.max_length)
+    calibrate(model, list(batches), _weights_alone(wanted)).save(unfinished / "sensitivity")
+    shown = [
+        _shown(samples[row], row, batch, at, processor, unfinished) for batch, rows in zip(batches, batches.rows, strict=True) for at, row in enumerate(rows)
+    ]
+    (unfinished / "samples.json").write_text(json.dumps(shown, indent=1))
+    os.replace(unfinished, directory)
+    return directory
+
+
+def _weights_alone(wanted: Recipe) -> Any:
+    kept = {k: v for k, v in wanted.settings.items() if k in ("group_size", "symmetric", "modules", "compute_dtype", "micro_batch", "max_host_memory")}
+    bits = wanted.config().bits
+    settings = kept | {"bits": bits if isinstance(bits, int) else BITS, "sensitivity": "qig", "compensate": False, "grid": 1}
+    return Recipe(device=wanted.device, int8_activations=wanted.int8_activations, settings=settings).config(verbose=False)
+
+
+def _shown(sample: Sample, number: int, batch: dict[str, Tensor], row: int, processor: Any, directory: Path) -> dict[str, Any]:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    kept = batch["input_ids"][row] if "attention_mask" not in batch else batch["input_ids"][row][batch["attention_mask"][row] != 0]
+    images = []
+    (directory / "samples").mkdir(exist_ok=True)
+    for i, value in enumerate(sample.images):
+        picture: Image.Image = opened(value).convert("RGB")
+        width, height = picture.size
+        picture.thumbnail((LARGEST, LARGEST))
+        file = f"samples/{number}-{i}.png"
+        picture.save(directory / file)
+        images.append({"file": file, "width": width, "height": height})
+    return {"source": sample.source, "tokens": [tokenizer.decode([i]) for i in kept.tolist()], "images": images, "hints": _hints(batch, row, processor)}
+
+
+def _hints(batch: dict[str, Tensor], row: int, processor: Any) -> dict[str, Any]:
+    """What the processor says about how a picture becomes tokens."""
+    hints: dict[str, Any] = {}
+    grid = batch.get("image_grid_thw")
+    if grid is not None and len(grid) == len(batch["input_ids"]):  # one picture per sample
+        hints |= {"image_grid_thw": [grid[row].tolist()], "merge": getattr(getattr(processor, "image_processor", None), "merge_size", 1)}
+    tile = next((getattr(processor, name) for name in HINTS if isinstance(getattr(processor, name, None), int)), None)
+    return hints if tile is None else hints | {"tile_tokens": tile}

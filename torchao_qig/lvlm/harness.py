@@ -1,0 +1,151 @@
+"""lmms-eval on a model in memory: any transformers LVLM, quantized or not, on any of lmms-eval's tasks that generate.
+
+    lm = InMemory(model, from_processor(processor), partial(tokenizer.decode, skip_special_tokens=True))
+    results = lmms_eval.evaluator.simple_evaluate(lm, tasks=["vizwiz_vqa_val", "chartqa"])
+
+A task gives chat messages: text and pictures in their order. Decoding is greedy, whatever a task says about sampling; what a task says about
+length (`max_new_tokens`) and stops (`until`) holds. Needs lmms-eval: pip install --no-deps -r recipes/requirements-eval.txt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchao_qig.lvlm.chat import Chat
+from torchao_qig.lvlm.messages import Messages, pictures_of
+
+Prepare = Callable[[list[Messages]], dict[str, Tensor]]  # chats -> the model's keywords, padded on the left, up to where the answers begin
+NEW_TOKENS = 128  # where a task does not say
+
+
+def from_processor(processor: Any) -> Prepare:
+    """Batches as a Hugging Face processor, or a tokenizer, makes them, through its chat template where it has one."""
+    chat = Chat(processor)
+
+    def prepare(chats: list[Messages]) -> dict[str, Tensor]:
+        images = [pictures_of(messages) for messages in chats]
+        if any(images) and not chat.sees:
+            raise ValueError(f"tasks: they show pictures, and {type(processor).__name__} takes none; pass tasks of text alone")
+        for messages in chats:
+            chat.find_place(messages)
+        texts = [chat.text(messages, prompt=True) for messages in chats]
+        begins = chat.tokenizer.bos_token
+        options: dict[str, Any] = {"images": images} if any(images) else {}
+        if begins and texts[0].startswith(begins):
+            options["add_special_tokens"] = False  # the template has written them
+        with _left(chat.tokenizer):
+            return dict(processor(text=texts, return_tensors="pt", padding=True, **options))
+
+    return prepare
+
+
+@contextmanager
+def _left(tokenizer: Any) -> Iterator[None]:
+    """Padding before the text, with the last token where the tokenizer has none for it; afterwards as it was."""
+    before = tokenizer.padding_side, tokenizer.pad_token
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    try:
+        yield
+    finally:
+        tokenizer.padding_side, tokenizer.pad_token = before
+
+
+def messages_of(task_messages: list[dict[str, Any]]) -> Messages:
+    """A task's messages -> ours: content is a list of parts, a picture is an RGB image."""
+    return [{"role": m["role"], "content": [_part(part) for part in _parts(m["content"])]} for m in task_messages]
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "text":
+        return {"type": "text", "text": part["text"]}
+    if part["type"] == "image":
+        value = next(part[key] for key in ("image", "url") if part.get(key) is not None)
+        return {"type": "image", "image": value.convert("RGB") if hasattr(value, "convert") else value}
+    raise ValueError(f"tasks: one shows a part of type {part['type']!r}; text and images are supported")
+
+
+def batches(kinds: Sequence[Any], size: int) -> list[list[int]]:
+    """Indices in batches of at most `size`, of one kind each, in order."""
+    groups: dict[Any, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(i)
+    return [group[j : j + size] for group in groups.values() for j in range(0, len(group), size)]
+
+
+def cut(text: str, stops: str | Sequence[str] | None) -> str:
+    """The text up to where the first of the stops begins."""
+    found = [text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops or []) if stop]
+    return text[: min((at for at in found if at >= 0), default=len(text))]
+
+
+class InMemory(lmms):
+    """Greedy answers of a model; lmms-eval's tasks that generate are supported, those of log-likelihoods are not.
+
+    Args:
+        model, prepare: the latter makes the former's keywords from chats (`from_processor`).
+        decode: tokens of an answer -> text.
+        batch_size: questions answered at once, with as many pictures and as long answers.
+    """
+
+    is_simple = False  # tasks give messages
+
+    def __init__(self, model: nn.Module, prepare: Prepare, decode: Callable[[Tensor], str], batch_size: int = 1) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: pass at least 1")
+        self.model, self.prepare, self.decode, self.batch_size = model, prepare, decode, batch_size
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        answers = [""] * len(requests)
+        kinds = []
+        for request in requests:  # a batch has one length, and not every processor takes chats with and without pictures at once
+            kinds.append((len(pictures_of(self._messages(request))), int(request.args[2].get("max_new_tokens") or NEW_TOKENS)))
+        for rows in tqdm(batches(kinds, self.batch_size), "answering"):
+            texts = self.answer([self._messages(requests[i]) for i in rows], kinds[rows[0]][1])
+            for i, text in zip(rows, texts, strict=True):
+                answers[i] = cut(text, requests[i].args[2].get("until"))
+        return answers
+
+    def _messages(self, request: Instance) -> Messages:
+        _, messages, _, number, task, split = request.args
+        return messages_of(messages(self.task_dict[task][split][number]))
+
+    @torch.no_grad()
+    def answer(self, chats: list[Messages], limit: int) -> list[str]:
+        weight = next(p for p in self.model.parameters() if p.is_floating_point())
+        batch = {k: v.to(weight.device, weight.dtype if v.is_floating_point() else None) for k, v in self.prepare(chats).items()}
+        new = self.model.generate(**batch, max_new_tokens=limit, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        return [self.decode(row) for row in new]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("InMemory answers tasks of output_type generate_until; this task asks for log-likelihoods")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("InMemory answers tasks of output_type generate_until; this task has several rounds")
+
+
+def run(model: nn.Module, processor: Any, tasks: Sequence[str], include: str | None = None, limit: int | None = None, batch_size: int = 1) -> dict[str, Any]:
+    """Task -> metric -> value. `include`: a folder of task files of your own; then lmms-eval's own tasks are not looked through."""
+    manager = TaskManager(include_path=include, include_defaults=include is None)
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise ValueError(f"tasks={','.join(unknown)!r}: lmms-eval knows no such task{f' in {include}' if include else ''}; `lmms-eval --tasks list` shows all")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    lm = InMemory(model, from_processor(processor), partial(tokenizer.decode, skip_special_tokens=True), batch_size)
+    results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0)
+    return dict(results["results"])

@@ -1,0 +1,164 @@
+"""`torchao-qig quantize`: from a recipe to a checkpoint directory.
+
+    OUTPUT/             what save_pretrained writes: weights, configuration, generation configuration, processor, tokenizer
+    OUTPUT/README.md    model card: how to load it, what was done, what was measured
+    OUTPUT/qig/         recipe.yaml, receipt.json, calibration/, and for the report: sensitivity/, samples.json, samples/
+
+Everything is made in OUTPUT.partial and renamed at the end, so OUTPUT is whole or not there. Blocks that are done lie there, too: a run
+that was interrupted continues with `resume`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchao.quantization import quantize_
+
+from torchao_qig import Calibration, __version__, calibrate, save_pretrained
+from torchao_qig.calibrate.plan import Plan, plan
+from torchao_qig.lvlm import card, explain, recipe
+from torchao_qig.lvlm.check import check, divergence, references
+from torchao_qig.lvlm.data import Batches, calibration_batches
+from torchao_qig.lvlm.load import load_model, load_processor
+from torchao_qig.lvlm.mixes import few_shot, interleaved
+from torchao_qig.lvlm.samples import Sample, Samples, called, read_samples
+
+Say = Callable[[str], None]
+
+
+def partial_of(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output={str(output)!r}: exists already; pass another directory, or delete it")
+    if partial_of(output).exists() and not resume:
+        raise ValueError(f"output={str(output)!r}: {partial_of(output)} holds an interrupted run; continue it with --resume, or delete it")
+
+
+def samples_of(wanted: recipe.Recipe) -> tuple[Sequence[Sample], Samples]:
+    """The samples that a recipe names, and those that they were made of."""
+    prompt = {"prompt": wanted.prompt} if wanted.prompt else {}
+    with called("calib"):
+        found = read_samples(wanted.calib, wanted.images, split=wanted.split, count=wanted.samples * wanted.interleaved, seed=wanted.seed, **prompt)
+    if wanted.few_shot:
+        return few_shot(found, wanted.few_shot, wanted.seed), found
+    return interleaved(found, wanted.interleaved, wanted.seed) if wanted.interleaved > 1 else found, found
+
+
+def prepared(wanted: recipe.Recipe, say: Say) -> tuple[Any, Sequence[Sample], Batches, dict[str, int]]:
+    """Processor, samples, batches and what was skipped: all that can be wrong with them is known before weights are loaded."""
+    processor = load_processor(wanted.model, wanted.revision)
+    samples, read = samples_of(wanted)
+    say(read.summary())
+    batches = calibration_batches(samples, processor, tokens=wanted.tokens, max_length=wanted.max_length)
+    say(batches.summary())
+    return processor, samples, batches, {reason: len(places) for reason, places in (read.skipped | batches.skipped).items()}
+
+
+def run(wanted: recipe.Recipe, resume: bool = False, dry_run: bool = False, say: Say = print) -> Path:
+    """Quantize as the recipe says; the directory that was written."""
+    wanted.needs("model", "calib", *([] if dry_run else ["output"]))
+    output = Path(wanted.output).expanduser()
+    if not dry_run:
+        _check_output(output, resume)
+    processor, samples, batches, skipped = prepared(wanted, say)
+    model = load_model(wanted.model, wanted.dtype, wanted.revision)
+    planned = plan(model, wanted.config(calib=list(batches)))
+    say(str(planned) if dry_run else planned.outlook())  # calibration shows the rest on its way
+    if dry_run:
+        return output
+    partial = partial_of(output)
+    partial.mkdir(parents=True, exist_ok=True)
+    _continue(partial, wanted)
+    started = time.perf_counter()
+    reference = references(model, batches)
+    explained = explain.token_weights(model, wanted, samples, processor, partial / "explained")
+    config = wanted.config(calib=None, checkpoint_dir=partial / "blocks")
+    calibration = calibrate(model, list(batches), config)
+    quantize_(model, wanted.config(calib=calibration))
+    found = divergence(reference, model, batches)
+    check(found, wanted.max_kl)
+    say(f"beside full precision: KL {found['kl']:.4f} nats per token, the same likeliest token at {found['agreement']:.1%} of {found['tokens']} tokens")
+    receipt = _receipt(wanted, planned, calibration, batches, skipped, found, time.perf_counter() - started)
+    _save(partial, output, model, processor, wanted, calibration, explained, receipt)
+    if output.exists():
+        output.rmdir()  # empty, as has been checked
+    os.replace(partial / "saved", output)
+    shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def _continue(partial: Path, wanted: recipe.Recipe) -> None:
+    """Note the recipe of this run, or make sure that it is the one of the run that is continued."""
+    path = partial / "recipe.yaml"
+    now = wanted.resolved()
+    if path.exists():
+        before = recipe.read(path)
+        other = [key for key in now if key != "output" and before.get(key) != now[key]]
+        if other:
+            key = other[0]
+            raise ValueError(f"{key}={now[key]!r}: the interrupted run in {partial} had {before.get(key)!r}; pass that, or delete the directory")
+    wanted.write(path)
+
+
+def _receipt(
+    wanted: recipe.Recipe, planned: Plan, calibration: Calibration, batches: Batches, skipped: dict[str, int], found: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    versions = {"torchao_qig": __version__, "torch": torch.__version__, **{name: metadata.version(name) for name in ("torchao", "transformers")}}
+    return {
+        "model": wanted.model,
+        "created": date.today().isoformat(),
+        "command": " ".join(["torchao-qig", *sys.argv[1:]]),
+        "versions": versions | {"python": platform.python_version()},
+        "device": wanted.device or "cpu",
+        "plan": {"quantized": len(planned.linears), "left": planned.left, "bytes_before": planned.bytes_before, "bytes_after": planned.bytes_after,
+                 "model_bytes": planned.model_bytes},
+        "check": found,
+        "seconds": seconds,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "recipe": wanted.resolved(),
+        "samples": {"used": sum(len(rows) for rows in batches.rows), "skipped": skipped},
+    }  # fmt: skip
+
+
+def _save(
+    partial: Path,
+    output: Path,
+    model: nn.Module,
+    processor: Any,
+    wanted: recipe.Recipe,
+    calibration: Calibration,
+    explained: Path | None,
+    receipt: dict[str, Any],
+) -> None:
+    saved = partial / "saved"
+    shutil.rmtree(saved, ignore_errors=True)
+    try:
+        save_pretrained(model, saved)
+        processor.save_pretrained(saved)
+        notes = saved / "qig"
+        notes.mkdir()
+        calibration.save(notes / "calibration")
+        if explained is not None:
+            shutil.copytree(explained, notes, dirs_exist_ok=True)
+        wanted.write(notes / "recipe.yaml")
+        (notes / "receipt.json").write_text(json.dumps(receipt, indent=1) + "\n")
+        (saved / "README.md").write_text(card.text(saved, output.name))
+    except BaseException:
+        shutil.rmtree(saved, ignore_errors=True)  # the blocks that are done stay, for --resume
+        raise

@@ -1,0 +1,173 @@
+"""A recipe: everything that a run is made of, as flags and YAML files say it.
+
+One flat list of keys. Those of `Recipe` itself say what is loaded, on which samples, and where the result goes; all others are the
+fields of `QIGWeightOnlyConfig` (or `QIGInt8DynamicActivationConfig` with `int8_activations: true`) and mean what they mean there.
+Defaults, then files, then flags. Every run writes what came out of that as recipe.yaml, which is a recipe again.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from torchao_qig.config import RUNTIME, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+
+FIXED = {"version", "base_config", "pre_scaled", "dtype", *RUNTIME} - {"compute_dtype", "micro_batch", "max_host_memory"}  # not said by recipes
+TEXTS = {"model", "output", "calib", "images", "split", "revision", "prompt", "dtype", "device"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class Recipe:
+    """
+    Attributes:
+        model: directory, or name on the hub; `revision` of the latter.
+        output: directory to write.
+        calib, images, split: the samples (see `samples.read_samples`).
+        samples, seed: how many, and which.
+        prompt: the question for captions that come without one.
+        few_shot, interleaved: that many samples in one, as the paper's other formats.
+        tokens, max_length: in a batch; in a sample, longer ones are left out.
+        dtype: to load in; "auto" is as stored.
+        device: where blocks are computed.
+        int8_activations: W4A8 and the like.
+        explain: samples that the report shows token weights of.
+        max_kl: a model that diverges more from full precision is an error (nats per token).
+        settings: of the config.
+    """
+
+    model: str = ""
+    output: str = ""
+    calib: str = ""
+    images: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    samples: int = 128
+    seed: int = 0
+    prompt: str | None = None
+    few_shot: int = 0
+    interleaved: int = 1
+    tokens: int = 4096
+    max_length: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    int8_activations: bool = False
+    explain: int = 8
+    max_kl: float = 2.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("few_shot", 0), ("interleaved", 1), ("tokens", 1), ("explain", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: pass an integer of at least {least}")
+        if isinstance(self.max_kl, bool) or not isinstance(self.max_kl, (int, float)):
+            raise ValueError(f"max_kl={self.max_kl!r}: pass a number, .inf for no limit")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: pass one of {', '.join(DTYPES)}")
+        if self.few_shot and self.interleaved > 1:
+            raise ValueError(f"few_shot={self.few_shot}, interleaved={self.interleaved}: pass one of them")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise ValueError(f"device={self.device!r}: {str(error).splitlines()[0]}") from error
+        self.config()  # its own checks
+
+    def needs(self, *names: str) -> None:
+        """Raise for keys that this run cannot do without."""
+        missing = [name for name in names if not getattr(self, name)]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)}: not given; pass {', '.join(f'--{n}' if n != 'model' else 'MODEL' for n in missing)}, or --config with them"
+            )
+
+    def config(self, **runtime: Any) -> QIGWeightOnlyConfig:
+        """What `quantize_` takes."""
+        made = QIGInt8DynamicActivationConfig if self.int8_activations else QIGWeightOnlyConfig
+        settings: dict[str, Any] = dict(self.settings)
+        if isinstance(settings.get("compute_dtype"), str):
+            _choice("compute_dtype", settings["compute_dtype"], DTYPES[1:])
+            settings["compute_dtype"] = getattr(torch, settings["compute_dtype"])
+        if self.device is not None:
+            settings["device"] = self.device
+        return made(**settings, **runtime)
+
+    def resolved(self) -> dict[str, Any]:
+        """All keys with their values."""
+        config = self.config()
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        return own | {name: _plain(getattr(config, name)) for name in keys(self.int8_activations) if name not in own}
+
+    def write(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3 as a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: pass one of {', '.join(choices)}")
+
+
+def keys(int8_activations: bool = False) -> list[str]:
+    """Every key that a recipe may have."""
+    config = QIGInt8DynamicActivationConfig if int8_activations else QIGWeightOnlyConfig
+    own = [f.name for f in fields(Recipe) if f.name != "settings"]
+    return own + [f.name for f in fields(config) if f.name not in FIXED and f.name not in own]
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The keys of a file."""
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"config={str(path)!r}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"config={str(path)!r}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"config={str(path)!r}: has no keys; write lines such as `bits: 3`")
+    return {str(k): v for k, v in found.items()}
+
+
+def pairs(texts: list[str]) -> dict[str, Any]:
+    """Keys from key=value, as `--set` has them."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text!r}: write key=value")
+        try:
+            found[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {text!r}: {' '.join(str(error).split())}") from error
+    return found
+
+
+def recipe(*layers: dict[str, Any]) -> Recipe:
+    """A recipe from keys, later ones going over earlier ones."""
+    given: dict[str, Any] = {k: v for layer in layers for k, v in layer.items()}
+    given = {k: v if k in TEXTS else _number(v) for k, v in given.items()}
+    known = keys(bool(given.get("int8_activations")))
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise ValueError(f"{key}: no such setting{f'; did you mean {near[0]}?' if near else ''} (all: {', '.join(known)})")
+    own = {f.name for f in fields(Recipe)}
+    settings = {k: v for k, v in given.items() if k not in own}
+    return Recipe(**{k: v for k, v in given.items() if k in own}, settings=settings)

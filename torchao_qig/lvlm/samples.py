@@ -1,0 +1,133 @@
+"""Samples for calibration and evaluation, read from what users have: a file, a folder, a data set.
+
+A row becomes a `Sample`: chat messages with their pictures, which are opened only when used. What is no sample is skipped,
+counted and named with its place; nothing is guessed, nothing fetched.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from torchao_qig.lvlm.messages import EXAMPLE, Messages, as_messages, pictures_of
+from torchao_qig.lvlm.pictures import BadRow, check, located
+from torchao_qig.lvlm.rows import rows_of
+
+PROMPT = "Describe this image in detail."
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Chat messages; content is a list of {"type": "text", "text": ...} and {"type": "image", "image": path, bytes or PIL image}."""
+
+    messages: Messages
+    source: str  # where it came from: "coco.jsonl:17"
+
+    @property
+    def images(self) -> list[Any]:
+        return pictures_of(self.messages)
+
+
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Errors of `read_samples` speak of this argument, which its `path` came from."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("path=", f"{name}=", 1)) from error
+
+
+def told(skipped: dict[str, list[str]], shown: int = 3) -> str:
+    """image missing: coco.jsonl:4 (dog.jpg), coco.jsonl:9 (cat.jpg) and 5 more; ..."""
+    rest = {reason: len(places) - shown for reason, places in skipped.items()}
+    return "; ".join(f"{reason}: {', '.join(places[:shown])}" + (f" and {rest[reason]} more" if rest[reason] > 0 else "") for reason, places in skipped.items())
+
+
+@dataclass(frozen=True)
+class Samples(Sequence[Sample]):
+    """The good samples, in the order in which they were drawn; `skipped`: reasons with the places of the rows."""
+
+    path: str
+    samples: tuple[Sample, ...]
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    rows: int = 0  # of the source
+    wanted: int | None = None
+
+    @overload
+    def __getitem__(self, i: int) -> Sample: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Sample, ...]: ...
+    def __getitem__(self, i: int | slice) -> Sample | tuple[Sample, ...]:
+        return self.samples[i]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    def summary(self) -> str:
+        """How many there are, and what was skipped why."""
+        count = sum(map(len, self.skipped.values()))
+        lines = [f"{len(self)} samples from {self.path} ({self.rows} rows)"]
+        if self.wanted is not None and len(self) < self.wanted:
+            lines[0] += f": fewer than the {self.wanted} asked for, it has no more good ones"
+        if count:
+            lines.append(f"{count} of {count + len(self)} rows skipped: {told(self.skipped)}")
+        return "\n".join(lines)
+
+
+def read_samples(
+    path: str | Path,
+    images: str | Path | None = None,
+    *,
+    split: str = "train",
+    prompt: str = PROMPT,
+    count: int | None = None,
+    seed: int = 0,
+) -> Samples:
+    """The first `count` good rows after a shuffle with `seed`, all where None. Pictures of rows that are not drawn are not opened.
+
+    Args:
+        path: JSON, JSON Lines, COCO captions, CSV, text, parquet or arrow; a folder of pictures or of a data set; owner/name (or
+            owner/name:configuration) on the hub. Rows have messages, conversations, question with answer, caption, or text.
+        images: folder that the pictures are in; by default that of the file. With it, none from elsewhere is opened.
+        split: of a data set that has several.
+        prompt: the question that captions answer.
+        count: how many; a bad row is replaced by the next good one.
+        seed: of the shuffle: the same seed draws the same rows, and fewer are the first of more.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"count={count}: draw at least 1 sample, or all with None")
+    if not prompt.strip():
+        raise ValueError(f"prompt={prompt!r}: captions need a question, such as {PROMPT!r}")
+    if images is not None and not Path(images).expanduser().is_dir():
+        raise FileNotFoundError(f"images={str(images)!r}: no such folder; pass the one that the samples' image paths are relative to")
+    rows = rows_of(path, split)
+    folder = rows.folder if images is None else Path(images).expanduser()
+    order = list(range(rows.count))
+    random.Random(seed).shuffle(order)
+    good: list[Sample] = []
+    skipped: dict[str, list[str]] = {}
+    for i in order:
+        if len(good) == count:
+            break
+        try:
+            messages = as_messages(rows.row(i), prompt, lambda value: located(value, folder, images is not None))
+            for image in pictures_of(messages):
+                check(image)
+            good.append(Sample(messages, rows.place(i)))
+        except BadRow as error:
+            skipped.setdefault(error.reason, []).append(f"{rows.place(i)} ({error.detail})")
+    if not good:
+        why = told(skipped) or "it is empty"
+        raise ValueError(f"path={str(path)!r}: none of its {rows.count} rows is a sample: {why}. A good row: {EXAMPLE}")
+    found = Samples(str(path), tuple(good), skipped, rows.count, count)
+    if skipped or len(good) < (count or 0):
+        warnings.warn(found.summary(), stacklevel=2)
+    return found
