@@ -2,7 +2,7 @@
 
     python -m recipes.lmms [--bits 3] [--method default] [--limit 200]
 
-Needs lmms-eval (extra `eval`).
+Needs lmms-eval (recipes/requirements-eval.txt).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from recipes.methods import METHODS, quantized
 from recipes.small_lvlm.data import chosen
 from recipes.small_lvlm.model import inputs, load
 from torchao_qig.lvlm.harness import InMemory
+from torchao_qig.lvlm.messages import Messages, pictures_of
 
 TASK = Path(__file__).parent / "small_lvlm" / "lmms"
 
@@ -60,12 +61,12 @@ def main() -> None:
     if args.bits:
         model = quantized(model, tokenizer, args.method, bits=args.bits, group_size=128)[0]
 
-    def prepare(pictures: list[list[Image.Image]], questions: list[str]) -> dict[str, Tensor]:
-        return inputs(tokenizer, [np.asarray(shown[0]) for shown in pictures], questions)
+    def prepare(chats: list[Messages]) -> dict[str, Tensor]:
+        return inputs(tokenizer, [np.asarray(pictures_of(chat)[0]) for chat in chats], [chat[-1]["content"][-1]["text"] for chat in chats])
 
     with tempfile.TemporaryDirectory() as folder:
         export(Path(folder), args.pictures)
-        lm = InMemory(model, prepare, lambda row: tokenizer.decode(row, skip_special_tokens=True))
+        lm = InMemory(model, prepare, lambda row: tokenizer.decode(row, skip_special_tokens=True), batch_size=16)
         manager = TaskManager(include_path=folder, include_defaults=False)
         results = simple_evaluate(lm, tasks=["small_lvlm"], task_manager=manager, limit=args.limit, bootstrap_iters=0)
     shown = json.dumps({**machine(), "lmms_eval": metadata.version("lmms-eval"), "results": results["results"]}, indent=1, default=float)

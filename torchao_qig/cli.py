@@ -69,8 +69,10 @@ def _needing() -> Iterator[None]:
             _fail(2, "the demo needs the repository: run it from a clone")
         if missing not in (*RECIPES, "lmms_eval"):
             raise
-        extra = "eval" if missing == "lmms_eval" else "recipes"
-        _fail(2, f'this needs {missing}: pip install "torchao_qig[{extra}]"')
+        advice = 'pip install "torchao_qig[recipes]"'
+        if missing == "lmms_eval":
+            advice = 'pip install "torchao_qig[eval]"; beside a CPU build of torch: pip install --no-deps -r recipes/requirements-eval.txt, in the repository'
+        _fail(2, f"this needs {missing}: {advice}")
 
 
 def _layers(config: list[Path] | None, settings: list[str] | None, flags: dict[str, Any]) -> Any:

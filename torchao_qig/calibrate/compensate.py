@@ -97,7 +97,7 @@ def _passed_on(w: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int
     return steps
 
 
-def _descend(w: Tensor, steps: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def descend(w: Tensor, steps: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """One sweep over the columns: each code becomes the best one, the others given."""
     diagonal = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny)
     slope = (steps * scale - w) @ gram
@@ -159,7 +159,7 @@ def compensated(
     fitted = scale
     for _ in range(sweeps):
         fitted = _fitted_scales(w, steps, gram, fitted, group_size)
-        steps = _descend(w, steps, gram, wide(fitted), wide(zero), bits)
+        steps = descend(w, steps, gram, wide(fitted), wide(zero), bits)
     plain = affine.nearest_steps(w.unflatten(1, (-1, size)), scale, zero, bits).flatten(1)
     better = row_errors(steps * wide(fitted) - w, raw) < row_errors(plain * wide(scale) - w, raw)
     codes = torch.where(better.unsqueeze(1), steps, plain) + wide(zero)

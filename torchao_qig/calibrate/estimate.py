@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from torchao_qig.calibrate.chains import Chain
+from torchao_qig.calibrate.compensate import BLOCK, descend
 from torchao_qig.calibrate.work import KEEP
 from torchao_qig.config import QIGWeightOnlyConfig
 
 SAMPLES, LENGTH = 128, 1024  # assumed where no batches are given
 SEARCH = {"coarse": 19, "exhaustive": 100}  # forward passes of a block over its samples: benchmarks/results/calibration.md
 AT_ONCE = 2048  # tokens that are computed at once, about
+FULL_SPEED = 0.7  # share of a matrix product's speed that a block reaches
 GRAMS, WEIGHTS = 8, 7  # copies of a group's Gram matrix and of its weights that choosing integers holds at once
 
 
@@ -86,14 +88,36 @@ def products_per_second(device: torch.device, dtype: torch.dtype, size: int = 10
     return 2 * size**3 / min(seconds[1:])
 
 
+def seconds_per_column(device: torch.device) -> tuple[float, float]:
+    """Of choosing the integers of one column: in any case, and for each row of the weight. Measured likewise."""
+    rows, columns = 64, BLOCK
+    weight, gram = torch.ones(rows, columns, device=device), torch.eye(columns, device=device)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        swept = descend(weight, weight.clone(), gram, weight, weight, 3)
+        float(swept[0, 0])
+        seconds.append((time.perf_counter() - start) / columns)
+    ahead = torch.zeros(4096, columns // 2, device=device)  # half a block lies ahead on average
+    column, row = torch.ones(4096, device=device), torch.ones(columns // 2, device=device)
+    passes = []
+    for _ in range(5):
+        start = time.perf_counter()
+        float(ahead.addr_(column, row)[0, 0])
+        passes.append((time.perf_counter() - start) / 4096)
+    return min(seconds), min(passes)
+
+
 def need(
     model: nn.Module, chains: list[Chain], linears: set[str], config: QIGWeightOnlyConfig, packed: int, samples: int, tokens: int, device: torch.device,
     dtype: torch.dtype,
 ) -> Need:  # fmt: skip
     """For a calibration of these linears on so many tokens; `packed`: bytes of the weights that it chooses."""
-    itemsize, rate = dtype.itemsize, products_per_second(device if device.type != "meta" else torch.device("cpu"), dtype)
+    place = torch.device("cpu") if device.type == "meta" else device
+    itemsize, rate = dtype.itemsize, FULL_SPEED * products_per_second(place, dtype)
     on_device = on_host = 0
-    products = 0.0
+    seconds = 0.0
+    column, row = seconds_per_column(place) if config.compensate else (0.0, 0.0)
     streams = 2 if config.compensate or config.on_quantized_inputs else 1
     for name in (n for chain in chains for n in chain.names):
         block = model.get_submodule(name)
@@ -110,8 +134,10 @@ def need(
         searching = itemsize * (size + 4 * min(tokens, AT_ONCE) * sum(g.rows for g in groups)) if config.equalizes else 0  # rounded weights, graphs
         on_device = max(on_device, (2 if streams > 1 else 1) * size * itemsize + max(choosing, searching))
         on_host = max(on_host, seen + hidden)
-        products += _products(size, groups, tokens, config)
-    return Need(on_device, on_host + packed, products / rate, samples, tokens, device.type)
+        seconds += _products(size, groups, tokens, config) / rate
+        if config.compensate:
+            seconds += sum(g.columns * (1 + config.sweeps) * (column + g.rows * row) for g in groups)
+    return Need(on_device, on_host + packed, seconds, samples, tokens, device.type)
 
 
 def _products(size: int, groups: list[_Group], tokens: int, config: QIGWeightOnlyConfig) -> float:
