@@ -126,3 +126,11 @@ def test_broken() -> None:
     for bad in (float("nan"), float("inf")):
         with pytest.raises(BrokenModel, match="NaN or infinity"):
             check({"kl": bad, "agreement": 0.5, "tokens": 5}, float("inf"))
+
+
+def test_texts_without_answers_have_no_accuracy(setting: tuple[nn.Module, nn.Module, Batches]) -> None:
+    model, _, batches = setting
+    bare = Batches([{k: v for k, v in batch.items() if k != "labels"} for batch in batches], batches.rows, batches.lengths, {})
+    found = answers(model, bare)
+    assert found["accuracy"] is None
+    assert found["tokens"] == sum(int(batch["attention_mask"].sum()) - len(batch["input_ids"]) for batch in batches)

@@ -1,6 +1,6 @@
 """`torchao-qig evaluate`: questions with their answers, or lmms-eval's tasks.
 
-On a file of samples one forward pass per batch gives everything. Greedy decoding answers a question exactly right if and only if every
+On a file of samples one forward pass per batch gives everything; of samples without answers all tokens count, and there is no accuracy. Greedy decoding answers a question exactly right if and only if every
 token of the answer is the likeliest one after those before it; that is "accuracy". NLL and KL are per token of the answers, in nats.
 Intervals are 95 %, bootstrapped over samples.
 """
@@ -22,7 +22,7 @@ from torchao_qig import PackedIntTensor
 from torchao_qig.calibrate.store import Store
 from torchao_qig.lvlm import card
 from torchao_qig.lvlm.check import answer_positions, log_probabilities
-from torchao_qig.lvlm.data import Batches, calibration_batches
+from torchao_qig.lvlm.data import IGNORED, Batches, calibration_batches
 from torchao_qig.lvlm.load import load_model, load_processor
 from torchao_qig.lvlm.samples import called, read_samples
 
@@ -63,7 +63,9 @@ def answers(
             keep.append(store.put(logp))
     tokens, wrong, nll = (torch.cat(columns[name]) for name in ("tokens", "wrong", "nll"))
     unit = torch.arange(len(tokens))
-    found: dict[str, Any] = {"accuracy": interval(wrong == 0, torch.ones(len(tokens)), unit), "nll": interval(nll, tokens, unit), "kl": None}
+    found: dict[str, Any] = {"accuracy": None, "nll": interval(nll, tokens, unit), "kl": None}
+    if any(bool((batch["labels"] != IGNORED).any()) for batch in batches if "labels" in batch):  # texts without answers are right or wrong nowhere
+        found["accuracy"] = interval(wrong == 0, torch.ones(len(tokens)), unit)
     if reference is not None:
         found["kl"] = interval(torch.cat(columns["kl"]), tokens, unit)
     return found | {"samples": len(tokens), "tokens": int(tokens.sum())}
