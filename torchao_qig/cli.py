@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 app = typer.Typer(help="Vision-language models at 3 or 4 bits.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-RECIPES = ("PIL", "datasets", "matplotlib", "sklearn", "num2words")  # what the extra `recipes` brings
+RECIPES = ("PIL", "datasets", "matplotlib", "sklearn", "num2words", "jinja2", "markupsafe")  # what the extra `recipes` brings
 
 Model = Annotated[str | None, typer.Argument(help="directory, or name on the hub", show_default=False)]
 Given = typer.Option(show_default=False)  # defaults are the recipe's
@@ -79,7 +79,8 @@ def _layers(config: list[Path] | None, settings: list[str] | None, flags: dict[s
     """The recipe that files, `--set` and flags make."""
     from torchao_qig.lvlm import recipe
 
-    return recipe.recipe(*(recipe.read(path) for path in config or []), recipe.pairs(settings or []), {k: v for k, v in flags.items() if v not in (None, [], ())})
+    given = {k: v for k, v in flags.items() if v not in (None, [], ())}
+    return recipe.recipe(*(recipe.read(path) for path in config or []), recipe.pairs(settings or []), given)
 
 
 @app.callback()

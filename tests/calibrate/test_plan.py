@@ -103,7 +103,7 @@ def test_more_tokens_take_more() -> None:
     assert many is not None
     assert many.host_bytes > one.host_bytes
     assert many.device_bytes == one.device_bytes
-    plain = torchao_qig.plan(model, QIGWeightOnlyConfig(calib=[batch] * 50, compensate=False, sensitivity="uniform", **GRID)).need
+    plain = torchao_qig.plan(model, QIGWeightOnlyConfig(calib=[batch] * 50, clip=True, compensate=False, sensitivity=None, **GRID)).need
     assert plain is not None
     assert plain.device_bytes < many.device_bytes
     int8 = torchao_qig.plan(model, QIGInt8DynamicActivationConfig(calib=[batch] * 50, verbose=False)).need
@@ -118,7 +118,7 @@ def test_plain_torch_models(make: Callable[[], nn.Module]) -> None:
 
 
 def test_errors() -> None:
-    model, batch = tiny_models.qwen2()
+    model, _ = tiny_models.qwen2()
     with pytest.raises(TypeError, match="config=Int8WeightOnlyConfig"):
         torchao_qig.plan(model, Int8WeightOnlyConfig())
     with pytest.raises(ValueError, match="nothing to quantize in ReLU"):

@@ -80,7 +80,7 @@ def _chains_for(model: nn.Module, chains: list[Chain], wanted: list[str], linear
 
 def _is_stack(module: nn.Module, p: Tensor | None) -> bool:
     """Whether this is the weights of many experts in one parameter."""
-    return p is not None and p.dim() == 3 and type(p) is nn.Parameter and not isinstance(module, nn.modules.conv._ConvNd)
+    return p is not None and p.dim() == 3 and len(p) > 1 and type(p) is nn.Parameter and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _reason(model: nn.Module, linear: nn.Linear, config: QIGWeightOnlyConfig, shared: set[int]) -> str | None:

@@ -99,6 +99,8 @@ processor = AutoProcessor.from_pretrained("{name}")
 All settings: `qig/recipe.yaml`. {receipt["samples"]["used"]} samples, {receipt["seconds"]:.0f} s, peak memory {_size(receipt["peak_host_bytes"])}.
 Versions: {", ".join(f"{name} {version}" for name, version in receipt["versions"].items())}.
 
+`qig/samples/` shows some of the calibration samples, and `qig/receipt.json` names paths: look at them before you publish this directory.
+
 Left as they were:
 
 {left or "- nothing"}

@@ -1,8 +1,8 @@
 """`torchao-qig evaluate`: questions with their answers, or lmms-eval's tasks.
 
-On a file of samples one forward pass per batch gives everything; of samples without answers all tokens count, and there is no accuracy. Greedy decoding answers a question exactly right if and only if every
-token of the answer is the likeliest one after those before it; that is "accuracy". NLL and KL are per token of the answers, in nats.
-Intervals are 95 %, bootstrapped over samples.
+On a file of samples one forward pass per batch gives everything. Greedy decoding answers a question exactly right if and only if every
+token of the answer is the likeliest one after those before it; that is "accuracy". NLL and KL are per token of the answers, in nats; of
+texts without answers all tokens count, and there is no accuracy. Intervals are 95 %, bootstrapped over samples.
 """
 
 from __future__ import annotations

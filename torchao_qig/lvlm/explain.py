@@ -35,9 +35,12 @@ def token_weights(model: nn.Module, wanted: Recipe, samples: Sequence[Sample], p
     unfinished.mkdir(parents=True)
     batches = calibration_batches(samples[: wanted.explain], processor, tokens=wanted.tokens, max_length=wanted.max_length)
     calibrate(model, list(batches), _weights_alone(wanted)).save(unfinished / "sensitivity")
-    shown = [
-        _shown(samples[row], row, batch, at, processor, unfinished) for batch, rows in zip(batches, batches.rows, strict=True) for at, row in enumerate(rows)
-    ]
+    shown = []
+    for batch, rows in zip(batches, batches.rows, strict=True):
+        first = 0  # of the sample's pictures among the batch's
+        for at, row in enumerate(rows):
+            pictures = slice(first, first := first + len(samples[row].images))
+            shown.append(_shown(samples[row], row, batch, at, pictures, processor, unfinished))
     (unfinished / "samples.json").write_text(json.dumps(shown, indent=1))
     os.replace(unfinished, directory)
     return directory
@@ -50,7 +53,7 @@ def _weights_alone(wanted: Recipe) -> Any:
     return Recipe(device=wanted.device, int8_activations=wanted.int8_activations, settings=settings).config(verbose=False)
 
 
-def _shown(sample: Sample, number: int, batch: dict[str, Tensor], row: int, processor: Any, directory: Path) -> dict[str, Any]:
+def _shown(sample: Sample, number: int, batch: dict[str, Tensor], row: int, pictures: slice, processor: Any, directory: Path) -> dict[str, Any]:
     tokenizer = getattr(processor, "tokenizer", processor)
     kept = batch["input_ids"][row] if "attention_mask" not in batch else batch["input_ids"][row][batch["attention_mask"][row] != 0]
     images = []
@@ -62,14 +65,14 @@ def _shown(sample: Sample, number: int, batch: dict[str, Tensor], row: int, proc
         file = f"samples/{number}-{i}.png"
         picture.save(directory / file)
         images.append({"file": file, "width": width, "height": height})
-    return {"source": sample.source, "tokens": [tokenizer.decode([i]) for i in kept.tolist()], "images": images, "hints": _hints(batch, row, processor)}
+    return {"source": sample.source, "tokens": [tokenizer.decode([i]) for i in kept.tolist()], "images": images, "hints": _hints(batch, pictures, processor)}
 
 
-def _hints(batch: dict[str, Tensor], row: int, processor: Any) -> dict[str, Any]:
+def _hints(batch: dict[str, Tensor], pictures: slice, processor: Any) -> dict[str, Any]:
     """What the processor says about how a picture becomes tokens."""
     hints: dict[str, Any] = {}
     grid = batch.get("image_grid_thw")
-    if grid is not None and len(grid) == len(batch["input_ids"]):  # one picture per sample
-        hints |= {"image_grid_thw": [grid[row].tolist()], "merge": getattr(getattr(processor, "image_processor", None), "merge_size", 1)}
+    if grid is not None:
+        hints |= {"image_grid_thw": grid[pictures].tolist(), "merge": getattr(getattr(processor, "image_processor", None), "merge_size", 1)}
     tile = next((getattr(processor, name) for name in HINTS if isinstance(getattr(processor, name, None), int)), None)
     return hints if tile is None else hints | {"tile_tokens": tile}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import cached_file
 
 AUTO = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -93,6 +96,15 @@ def load_processor(name: str, revision: str | None = None) -> Any:
         return transformers.AutoProcessor.from_pretrained(path, revision=revision)
 
     return _tried(name, load, "processor or tokenizer")
+
+
+def save_processor(processor: Any, name: str, revision: str | None, directory: Path) -> None:
+    """Write a processor beside a model; its files as they came, since what is in memory may be without its part for videos."""
+    processor.save_pretrained(directory)
+    for file in PROCESSOR_FILES:
+        found = cached_file(_located(name), file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copyfile(found, directory / file)
 
 
 def _processor_class(path: str, revision: str | None) -> type | None:

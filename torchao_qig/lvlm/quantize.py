@@ -32,7 +32,7 @@ from torchao_qig.calibrate.plan import Plan, plan
 from torchao_qig.lvlm import card, explain, recipe
 from torchao_qig.lvlm.check import check, divergence, references
 from torchao_qig.lvlm.data import Batches, calibration_batches
-from torchao_qig.lvlm.load import load_model, load_processor
+from torchao_qig.lvlm.load import load_model, load_processor, save_processor
 from torchao_qig.lvlm.mixes import few_shot, interleaved
 from torchao_qig.lvlm.samples import Sample, Samples, called, read_samples
 
@@ -150,7 +150,7 @@ def _save(
     shutil.rmtree(saved, ignore_errors=True)
     try:
         save_pretrained(model, saved)
-        processor.save_pretrained(saved)
+        save_processor(processor, wanted.model, wanted.revision, saved)
         notes = saved / "qig"
         notes.mkdir()
         calibration.save(notes / "calibration")

@@ -182,8 +182,8 @@ def _dataset(load: Callable[[Any], Any], name: str, folder: Path) -> Rows:
     """A data set of the `datasets` library, its pictures left as they are stored."""
     try:
         import datasets
-    except ImportError as error:
-        raise ImportError(f"path={name!r}: reading it needs the datasets package: pip install datasets") from error
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"path={name!r}: reading it needs the datasets package: pip install datasets", name="datasets") from error
     found = load(datasets).with_format("arrow")
     return Rows(len(found), lambda i: found[i].to_pylist()[0], lambda i: f"{name}:{i + 1}", folder)
 

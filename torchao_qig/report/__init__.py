@@ -1,0 +1,29 @@
+"""A page about a quantized checkpoint: which tokens counted, what each layer lost, where the bits went, and what it cost.
+
+`write` makes one HTML file that loads nothing from anywhere, and each figure as SVG and PNG beside it. It reads what the commands left in the
+checkpoint's folder qig/; of what is not there the page says which command writes it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write(directory: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+    """Write the page of a quantized checkpoint.
+
+    Args:
+        directory: what `torchao-qig quantize` wrote.
+        output: the page's path; figures are written beside it. By default qig/report/report.html in the directory.
+
+    Returns:
+        The page's path.
+    """
+    try:
+        from torchao_qig.report import page
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("PIL", "jinja2", "markupsafe", "matplotlib"):
+            raise
+        raise ModuleNotFoundError(f'the report needs {error.name}: pip install "torchao_qig[recipes]"', name=error.name) from error
+    return page.write(Path(directory), None if output is None else Path(output))

@@ -1,0 +1,41 @@
+"""Names of modules as the places that figures put them at: a row for each layer, a column for each kind of module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """model.layers.3.mlp.up_proj is ("model.layers", 3, "mlp.up_proj"); without a number the layer is None."""
+
+    stack: str
+    layer: int | None
+    kind: str
+
+
+def place(name: str) -> Place:
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            within = ("*" if p.isdecimal() else p for p in parts[i + 1 :])  # experts are one kind
+            return Place(".".join(parts[:i]), int(part), ".".join(within) or "layer")
+    return Place("", None, name)
+
+
+def row(name: str, several: bool) -> str:
+    """What a row is called; `several`: there are layers of more than one stack."""
+    stack, layer, _ = place(name)
+    if layer is None:
+        return "-"
+    return f"{stack} {layer}" if several else str(layer)
+
+
+def rows(names: Iterable[str]) -> dict[str, str]:
+    """Name -> its row, in the order of stacks and layers."""
+    found = {name: place(name) for name in names}
+    stacks = list(dict.fromkeys(p.stack for p in found.values() if p.layer is not None))
+    order = sorted(
+        found, key=lambda name: (found[name].layer is None, stacks.index(found[name].stack) if found[name].layer is not None else 0, found[name].layer or 0)
+    )
+    return {name: row(name, len(stacks) > 1) for name in order}
