@@ -73,7 +73,8 @@ def main() -> None:
                 r = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
                 rows.append({
                     "hidden / inner": shape, "samples x tokens": amount, "config": name, "MiB said": f"{r['said_bytes'] / 2**20:.0f}",
-                    "MiB taken": f"{r['bytes'] / 2**20:.0f}", "memory, said / taken": f"{r['said_bytes'] / r['bytes']:.2f}", "s said": f"{r['said_seconds']:.1f}",
+                    "MiB taken": f"{r['bytes'] / 2**20:.0f}", "memory, said / taken": f"{r['said_bytes'] / r['bytes']:.2f}",
+                    "s said": f"{r['said_seconds']:.1f}",
                     "s taken": f"{r['seconds']:.1f}", "time, said / taken": f"{r['said_seconds'] / r['seconds']:.2f}",
                 })  # fmt: skip
                 print(list(rows[-1].values()), file=sys.stderr)

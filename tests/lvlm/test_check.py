@@ -13,7 +13,7 @@ from torchao.quantization import quantize_
 from tests.tiny_dirs import directory
 from torchao_qig import PackedIntWeightOnlyConfig
 from torchao_qig.calibrate.store import Store
-from torchao_qig.lvlm.check import BrokenModel, answer_positions, check, divergence, references
+from torchao_qig.lvlm.check import BATCHES, BrokenModel, answer_positions, check, divergence, references
 from torchao_qig.lvlm.data import Batches, calibration_batches
 from torchao_qig.lvlm.evaluate import answers
 from torchao_qig.lvlm.load import load_model, load_processor
@@ -56,7 +56,7 @@ def test_divergence(setting: tuple[nn.Module, nn.Module, Batches]) -> None:
     assert len(batches) > 1
     assert any(len(rows) > 1 for rows in batches.rows)
     found = divergence(references(model, batches), rounded, batches)
-    every = [(p, q) for batch in batches for (_, _, p), (_, _, q) in zip(one_by_one(model, batch), one_by_one(rounded, batch), strict=True)]
+    every = [(p, q) for batch in batches[:BATCHES] for (_, _, p), (_, _, q) in zip(one_by_one(model, batch), one_by_one(rounded, batch), strict=True)]
     assert found["tokens"] == len(every)
     assert found["kl"] == pytest.approx(sum(float((p.exp() * (p - q)).sum()) for p, q in every) / len(every), rel=1e-4)
     assert found["agreement"] == pytest.approx(sum(int(p.argmax() == q.argmax()) for p, q in every) / len(every))

@@ -105,7 +105,7 @@ def test_select_shares_memory_with_the_stack() -> None:
         (lambda w: w[7], "select"), (lambda w: w.view(128, 128), "cannot change its shape"), (lambda w: w.to(torch.int8), "floating-point"),
         (lambda w: torch.cat([w, torch.randn(64, 256)]), "packed weights can only"), (lambda w: torch.cat([w, packed(bits=4)]), "bits differs"),
         (lambda w: torch.cat([w[:, :64], packed(group_size=-1)]), "group_size differs"), (lambda w: torch.cat([packed(rows=40), w]), "multiples of 16"),
-        (lambda w: torch.cat([w, with_pre_scale(packed())]), "act_pre_scale"), (lambda w: w.copy_(torch.randn(64, 256)), "float tensor"),
+        (lambda w: torch.cat([w, with_pre_scale(packed())]), "act_pre_scale"), (lambda w: w.copy_(torch.randn(64, 256)), "float tensor"), (lambda w: torch.randn(64, 256).copy_(w), "into a float tensor"),
         (lambda w: w.copy_(packed(bits=4)), "bits differs"), (lambda w: w.copy_(with_pre_scale(packed())), "act_pre_scale"),
         (lambda w: torch.nn.functional.linear(torch.randn(2, 100), w), "256 columns"),
     ],

@@ -1,18 +1,21 @@
 """Checkpoints: an ordinary transformers directory with packed weights in safetensors, and a config.json that names our config.
 
 `quantize_` describes a transformers model as it quantizes it (`describe`), so `model.save_pretrained` works as usual.
-`save_pretrained` below is the same with the one option that other loaders need: parameter names in the files equal to the
-names in the tensors' metadata (vLLM finds nothing otherwise), which also lets a loaded model be saved again.
+`save_pretrained` below also writes what other loaders need: the names that checkpoints of this kind have on the hub, in the files
+and in the tensors' metadata (where transformers writes only its own, vLLM finds nothing); and it can save a loaded model again.
 
 transformers itself is only imported where a transformers model is at hand.
 """
 
 import dataclasses
+import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchao_qig._compat import FqnToConfig
 from torchao_qig.tensor import PackedIntTensor
@@ -73,6 +76,50 @@ def _description(model: nn.Module) -> Any:
     return None
 
 
+def _reverses(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):  # what loading a quantized checkpoint did; it renamed nothing
+        return False
+    return True
+
+
+def _with_public_names(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Flattened tensors under the names that they have on the hub, and metadata that knows them by these and by the model's own."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = {id(t): name for name, t in tensors.items()}
+    public = {
+        name if "." in name else own.get(id(t), name): t  # torchao reads no name without a module
+        for name, t in revert_weight_conversion(model, tensors).items()
+    }
+    renamed = {own[id(t)]: name for name, t in public.items() if id(t) in own}
+    described = {name: text for name, text in metadata.items() if name != "tensor_names"}
+    parts = set()
+    for name, text in list(described.items()):
+        module, _, parameter = name.rpartition(".")
+        for data in json.loads(text).get("_tensor_data_names", ()):
+            part = f"._{parameter}_{data}"
+            parts.add(written := renamed.get(module + part, module + part))
+            described[f"{written.removesuffix(part)}.{parameter}"] = text
+    described |= {name: json.dumps({"_type": "Tensor"}) for name in public if name not in parts and name not in described}
+    return public, {**described, "tensor_names": json.dumps(list(described))}
+
+
+@contextmanager
+def _public_names(model: nn.Module) -> Iterator[None]:
+    """What transformers writes meanwhile has the hub's names."""
+    target: Any = model
+    flatten, used = target.hf_quantizer.get_state_dict_and_metadata, getattr(model, "_weight_conversions", None)
+    target._weight_conversions = [c for c in used or () if _reverses(c)] or None
+    target.hf_quantizer.get_state_dict_and_metadata = lambda m: _with_public_names(m, *flatten(m))
+    try:
+        yield
+    finally:
+        del target.hf_quantizer.get_state_dict_and_metadata
+        target._weight_conversions = used
+
+
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], config: Any = None, **kwargs: Any) -> None:
     """Save a quantized transformers model so that transformers and vLLM load it.
 
@@ -93,4 +140,5 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], config:
         if module is not model and _is_transformers_model(module) and hasattr(module.config, "quantization_config"):
             del module.config.quantization_config
     describe(model, config)
-    model.save_pretrained(directory, save_original_format=False, **kwargs)
+    with _public_names(model):
+        model.save_pretrained(directory, save_original_format=False, **kwargs)  # false: it is in that format already

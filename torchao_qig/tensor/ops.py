@@ -228,6 +228,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
 @implements(aten.copy_.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
     w, source = args[:2]
+    if not isinstance(w, PackedIntTensor):
+        raise ValueError("copy_: cannot copy a packed weight into a float tensor; dequantize() it first")
     if not isinstance(source, PackedIntTensor):
         raise ValueError("copy_: cannot copy a float tensor into a packed weight; quantize it first, or load with assign=True")
     for name in (*w.tensor_attribute_names, *FLAGS, "shape"):
