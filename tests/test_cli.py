@@ -113,6 +113,8 @@ def test_the_whole_way(here: Path) -> None:
     assert rows["quantized"]["kl"][0] > 0
     assert rows["quantized"]["bytes"] < rows["full precision"]["bytes"]
     assert abs(rows["quantized"]["nll"][0] - rows["full precision"]["nll"][0]) < 0.1
+    assert run("evaluate", "out", "--data", "coco.jsonl", "--images", "images", "--reference", "model", "--keep-packed").exit_code == 0
+    assert {row["name"]: row for row in json.loads(Path("out/qig/evaluation.json").read_text())["rows"]} == rows  # dense or packed
     card = Path("out/README.md").read_text()
     assert f"{rows['quantized']['nll'][0]:.4f}" in card
     assert 'from_pretrained("out")' in card

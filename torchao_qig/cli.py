@@ -157,12 +157,13 @@ def evaluate(
     split: str = "train",
     dtype: str = "auto",
     device: str = "cpu",
+    keep_packed: Annotated[bool, typer.Option("--keep-packed", help="slower, in less memory; the same numbers")] = False,
 ) -> None:
     """Accuracy, NLL and divergence on a file of questions, or lmms-eval's tasks; the model card is brought up to date."""
     with _told():
         from torchao_qig.lvlm.evaluate import run
 
-        found = run(model, data, images, reference, tasks.split(",") if tasks else [], include, samples, seed, split, dtype, device)
+        found = run(model, data, images, reference, tasks.split(",") if tasks else [], include, samples, seed, split, dtype, device, keep_packed)
         typer.echo(found)
 
 

@@ -73,13 +73,15 @@ def answers(
 
 def run(
     model: str, data: str | None, images: str | None, reference: str | None, tasks: list[str], include: str | None, samples: int | None, seed: int, split: str,
-    dtype: str, device: str,
+    dtype: str, device: str, keep_packed: bool = False,
 ) -> str:  # fmt: skip
     """Measure, note it beside the model (qig/evaluation.json, qig/tasks.json, the card), and return it as tables."""
     if not data and not tasks:
         raise ValueError("data: nothing to evaluate on; pass --data with questions and answers, or --tasks with lmms-eval's")
     processor, tables = load_processor(model), []
     quantized = load_model(model, dtype, device=device)
+    size = _bytes(quantized)
+    quantized = quantized if keep_packed else unpacked(quantized)
     if data:
         with called("data"):
             batches = calibration_batches(read_samples(data, images, split=split, count=samples, seed=seed), processor)
@@ -87,16 +89,24 @@ def run(
         kept: list[Tensor] | None = None
         if reference is not None:
             exact, kept = load_model(reference, dtype, device=device), []
-            size = sum(p.numel() * p.element_size() for p in exact.parameters())
-            rows.append({"name": "full precision", "bytes": size, **answers(exact, batches, keep=kept, store=Store(IN_MEMORY))})
+            rows.append({"name": "full precision", "bytes": _bytes(exact), **answers(exact, batches, keep=kept, store=Store(IN_MEMORY))})
             del exact
-        rows.append({"name": "quantized", "bytes": _bytes(quantized), **answers(quantized, batches, kept)})
+        rows.append({"name": "quantized", "bytes": size, **answers(quantized, batches, kept)})
         tables.append(_note(model, "evaluation.json", {"rows": rows, "data": data}, card.evaluation_table))
     if tasks:
         from torchao_qig.lvlm import harness
 
         tables.append(_note(model, "tasks.json", {"tasks": harness.run(quantized, processor, tasks, include, samples)}, card.tasks_table))
     return "\n\n".join(tables)
+
+
+def unpacked(model: nn.Module) -> nn.Module:
+    """The model with dense weights, where that changes no bit: uncompiled linears dequantize at every call, here it is done once."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(weight, PackedIntTensor) and not weight.int8_activations and weight.act_pre_scale is None:
+            module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    return model
 
 
 def _bytes(model: nn.Module) -> int:
