@@ -171,17 +171,20 @@ def evaluate(
 def bench(
     model: Annotated[str, typer.Argument(help="directory that quantize wrote")],
     against: Annotated[str | None, typer.Option(help="the full-precision model, measured in bfloat16")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    image: Annotated[str | None, typer.Option(help="a picture to ask about")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="about so many, more where the picture takes more")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
-    device: str = "cpu",
+    device: Annotated[str | None, typer.Option(help="the accelerator if there is one")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
 ) -> None:
     """Tokens per second, time to the first token, memory, size; the model card is brought up to date."""
     with _told():
         from torchao_qig.lvlm.bench import run
 
-        typer.echo(run(model, against, new_tokens=new_tokens, repeats=repeats, threads=threads, device=device, compiled=compiled))
+        options = dict(image=image, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, threads=threads, device=device, compiled=compiled)
+        typer.echo(run(model, against, **options))
 
 
 @app.command()

@@ -44,14 +44,15 @@ class Need:
     device: str
 
     def __str__(self) -> str:
-        host = f"{_size(self.device_bytes + self.host_bytes)} of memory" if self.device in ("cpu", "meta") else (
-            f"{_size(self.device_bytes)} on {self.device} and {_size(self.host_bytes)} of host memory"
+        host = f"{size_text(self.device_bytes + self.host_bytes)} of memory" if self.device in ("cpu", "meta") else (
+            f"{size_text(self.device_bytes)} on {self.device} and {size_text(self.host_bytes)} of host memory"
         )  # fmt: skip
         return f"{self.samples} samples, {self.tokens:,} tokens: about {_time(self.seconds)} and {host} beyond the model itself"
 
 
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+def size_text(count: float) -> str:
+    """Bytes for a person."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _time(seconds: float) -> str:

@@ -6,18 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torchao_qig.calibrate.estimate import size_text
 from torchao_qig.lvlm.load import auto_class, load_config
 
+BENCH = ("model", "weights", "on disk", "load, s", "warm-up, s", "first token, s", "prefill, tokens/s", "decode, tokens/s", "peak memory")
 SHOWN = ("bits", "group_size", "symmetric", "int8_activations", "budget", "modules", "sensitivity", "compensate", "samples", "seed", "calib")
 
 
 def _read(directory: Path, name: str) -> Any:
     path = directory / "qig" / name
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def _with_interval(value: Any, form: str, factor: float = 1.0) -> str:
@@ -36,12 +34,18 @@ def evaluation_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def bench_table(found: dict[str, Any]) -> str:
-    lines = ["| model | size on disk | first token, s | prefill, tokens/s | decode, tokens/s | peak memory |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in found["rows"]:
-        cells = [_size(row["bytes_on_disk"]), f"{row['first_token_seconds']:.3f}", f"{row['prefill_tokens_per_second']:.0f}"]
-        cells += [f"{row['decode_tokens_per_second']:.1f}", _size(row["peak_bytes"])]
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+def bench_table(result: dict[str, Any]) -> str:
+    """Markdown: a line per model, and where there are two a line of the first's ratios to the second."""
+    lines = ["| " + " | ".join(BENCH) + " |", "|" + " --- |" * len(BENCH)]
+    for r in result["rows"]:
+        cells = [
+            str(r["name"]).replace("|", "\\|"), r["dtype"], size_text(r["bytes_on_disk"]), f"{r['load_seconds']:.1f}", f"{r['warm_up_seconds']:.1f}",
+            f"{r['first_token_seconds']:.3f}", f"{r['prefill_tokens_per_second']:.0f}", f"{r['decode_tokens_per_second']:.1f}", size_text(r["peak_bytes"]),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    if ratio := result["ratios"]:
+        shown = ["bytes_on_disk", None, None, "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes"]
+        lines.append("| ratio |  | " + " | ".join(f"{ratio[key]:.2f}" if key else "" for key in shown) + " |")
     return "\n".join(lines)
 
 
@@ -74,7 +78,7 @@ tags: [torchao, torchao_qig, quantized]
 # {Path(receipt["model"]).name}, {settings["bits"]} bits
 
 Quantized with torchao_qig {receipt["versions"]["torchao_qig"]} on {receipt["created"]}: {plan["quantized"]} linears,
-{_size(plan["bytes_before"])} -> {_size(plan["bytes_after"])}; the whole model {_size(plan["model_bytes"])} -> {_size(after)}.
+{size_text(plan["bytes_before"])} -> {size_text(plan["bytes_after"])}; the whole model {size_text(plan["model_bytes"])} -> {size_text(after)}.
 
 ```python
 import torchao_qig  # registers the packed weights
@@ -96,7 +100,7 @@ processor = AutoProcessor.from_pretrained("{name}")
 
 {chr(10).join(f"- {key}: {settings[key]}" for key in SHOWN if settings.get(key) is not None)}
 
-All settings: `qig/recipe.yaml`. {receipt["samples"]["used"]} samples, {receipt["seconds"]:.0f} s, peak memory {_size(receipt["peak_host_bytes"])}.
+All settings: `qig/recipe.yaml`. {receipt["samples"]["used"]} samples, {receipt["seconds"]:.0f} s, peak memory {size_text(receipt["peak_host_bytes"])}.
 Versions: {", ".join(f"{name} {version}" for name, version in receipt["versions"].items())}.
 
 `qig/samples/` shows some of the calibration samples, and `qig/receipt.json` names paths: look at them before you publish this directory.
