@@ -21,7 +21,7 @@ import torchao_qig
 from benchmarks.timing import machine, write
 from torchao_qig import QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 
-SHAPES = {"512 / 1408": (512, 1408), "896 / 4864": (896, 4864), "1536 / 8960": (1536, 8960)}
+SHAPES = {"512 / 1408": (512, 1408), "896 / 4864": (896, 4864)}
 AMOUNTS = {"8 x 256": (8, 256), "32 x 512": (32, 512)}
 CONFIGS: dict[str, Any] = {
     "W3 default": lambda calib: QIGWeightOnlyConfig(bits=3, calib=calib, verbose=False),

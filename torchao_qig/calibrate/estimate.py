@@ -20,7 +20,8 @@ from torchao_qig.config import QIGWeightOnlyConfig
 SAMPLES, LENGTH = 128, 1024  # assumed where no batches are given
 SEARCH = {"coarse": 19, "exhaustive": 100}  # forward passes of a block over its samples: benchmarks/results/calibration.md
 AT_ONCE = 2048  # tokens that are computed at once, about
-FULL_SPEED = 0.7  # share of a matrix product's speed that a block reaches
+FULL_SPEED = 0.5  # share of a matrix product's speed that a block reaches
+SOLVING = 2  # how much slower factors and triangular systems are than products
 GRAMS, WEIGHTS = 8, 7  # copies of a group's Gram matrix and of its weights that choosing integers holds at once
 
 
@@ -152,6 +153,6 @@ def _products(size: int, groups: list[_Group], tokens: int, config: QIGWeightOnl
     if config.rounds:
         for g in groups:
             total += 4.0 * tokens * g.columns**2  # its two Gram matrices
-            solved = 2.0 * g.columns**3 + 2.0 * g.rows * g.columns**2 * (3 + 4 * config.sweeps)
+            solved = SOLVING * 2.0 * g.columns**3 + 2.0 * g.rows * g.columns**2 * (3 + 4 * config.sweeps)
             total += solved if config.compensate else 0.0
     return total
