@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import resource
 import shutil
@@ -17,7 +18,8 @@ import torch
 import yaml
 from click.testing import Result
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torchao.quantization import quantize_
 from transformers import AutoModelForImageTextToText, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -36,6 +38,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, coco.jsonl and images/."""
     root = tmp_path_factory.mktemp("tiny")
     directory("llava_onevision", root / "model")
+    weights = load_file(root / "model" / "model.safetensors")
+    matters = ("language_model.layers", "lm_head")  # made so: a random decoder hardly changes what is said
+    strong = {name: 5 * t if t.dim() == 2 and any(part in name for part in matters) else t for name, t in weights.items()}
+    save_file(strong, root / "model" / "model.safetensors", {"format": "pt"})
     (root / "images").mkdir()
     rng = np.random.default_rng(0)
     rows = []
@@ -98,7 +104,7 @@ def test_the_whole_way(here: Path) -> None:
     assert all(torch.equal(found.weights[n.removesuffix(".weight")].qdata, p.qdata) for n, p in packed.items())
     receipt = json.loads(Path("out/qig/receipt.json").read_text())
     assert receipt["samples"]["used"] == 6
-    assert receipt["check"]["kl"] < 0.1
+    assert 0 < receipt["check"]["kl"] < 0.5
     shown = json.loads(Path("out/qig/samples.json").read_text())
     weights = Calibration.load("out/qig/sensitivity")
     for i, sample in enumerate(shown):
@@ -110,11 +116,9 @@ def test_the_whole_way(here: Path) -> None:
     assert told.exit_code == 0, told.output
     rows = {row["name"]: row for row in json.loads(Path("out/qig/evaluation.json").read_text())["rows"]}
     assert rows["full precision"]["kl"] is None
-    assert rows["quantized"]["kl"][0] > 0
+    assert 0 < rows["quantized"]["kl"][0] < 0.5
     assert rows["quantized"]["bytes"] < rows["full precision"]["bytes"]
-    assert abs(rows["quantized"]["nll"][0] - rows["full precision"]["nll"][0]) < 0.1
-    assert run("evaluate", "out", "--data", "coco.jsonl", "--images", "images", "--reference", "model", "--keep-packed").exit_code == 0
-    assert {row["name"]: row for row in json.loads(Path("out/qig/evaluation.json").read_text())["rows"]} == rows  # dense or packed
+    assert abs(rows["quantized"]["nll"][0] - rows["full precision"]["nll"][0]) < 0.5
     card = Path("out/README.md").read_text()
     assert f"{rows['quantized']['nll'][0]:.4f}" in card
     assert 'from_pretrained("out")' in card
@@ -213,6 +217,9 @@ WRONG: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], list[str
     "all too long": (None, {}, ["--max-length", "5"], ["none of"]),
     "no such file": (None, {}, ["--config", "absent.yaml"], ["config='absent.yaml'"]),
     "no YAML": (lambda f: (f / "x.yaml").write_text("a: [1"), {}, ["--config", "x.yaml"], ["x.yaml", "not a YAML file"]),
+    "device not here": (None, {}, ["--device", "hpu"], ["device='hpu'"]),
+    "no text": (lambda f: (f / "x.yaml").write_text("prompt: 7"), {}, ["--config", "x.yaml"], ["prompt=7"]),
+    "output is here": (None, {"output": "."}, [], ["output='.'", "exists already"]),
     "output exists": (lambda f: (f / "out").write_text("mine"), {}, [], ["output='out'", "exists already"]),
     "weights cut short": (_broken_weights, {}, [], ["model='model'", "cannot load its weights"]),
 }
@@ -251,11 +258,69 @@ def test_some_bad_rows_are_named_and_skipped(here: Path) -> None:
     assert "coco.jsonl:12" in done.output
 
 
-def test_a_broken_model_is_an_error(here: Path) -> None:
-    done = quantize("--set", "max_kl=1e-9")
-    assert done.exit_code == 3
+def test_a_broken_model_is_an_error(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose packed weights are all zero; nothing is left that another try would have to clear away."""
+
+    def breaking(model: torch.nn.Module, config: object) -> None:
+        quantize_(model, config)
+        for p in model.parameters():
+            if isinstance(p, PackedIntTensor):
+                p.scale.zero_()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torchao_qig.lvlm.quantize, "quantize_", breaking)
+        done = quantize("--set", "max_kl=0.6")
+    assert done.exit_code == 3, done.output
     assert "diverges from full precision" in done.output
-    assert not Path("out").exists()
+    assert leftovers(here) == []
+    assert quantize("--set", "max_kl=0.6", "--bits", "4").exit_code == 0
+
+
+@pytest.mark.parametrize("flags", [["--set", "bits=auto", "--set", "budget=6"], ["--set", "bits=auto", "--set", "max_bytes=110000"], []])
+def test_the_receipt_says_what_happened(here: Path, flags: list[str]) -> None:
+    done = run("quantize", "model", "--calib", "coco.jsonl", "--images", "images", "--output", "out", *FLAGS, *flags)
+    assert done.exit_code == 0, done.output
+    model = AutoModelForImageTextToText.from_pretrained("out")
+    packed = {n.removesuffix(".weight"): p for n, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
+    plan = json.loads(Path("out/qig/receipt.json").read_text())["plan"]
+    assert plan["quantized"] == len(packed)
+    assert plan["bytes_after"] == sum(p.nbytes_packed() for p in packed.values())
+    assert not {name for names in plan["left"].values() for name in names} & set(packed)
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {name for names in plan["left"].values() for name in names} | set(packed) == linears
+
+
+def test_only_one_run_at_a_time(here: Path) -> None:
+    (here / "out.partial").mkdir()
+    with (here / "out.partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = quantize("--resume")
+    assert done.exit_code == 2
+    assert "another run is at it" in done.output
+    assert quantize("--resume").exit_code == 0
+
+
+def test_other_data_under_an_interrupted_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed token weights are those of the samples that are there now; blocks that were calibrated on others are refused."""
+    with monkeypatch.context() as patched:
+        patched.setattr(torchao_qig.lvlm.quantize, "calibrate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert quantize().exit_code == 130
+    assert (here / "out.partial" / "explained").exists()
+    rows = [json.loads(line) | {"caption": "the data changed"} for line in (here / "coco.jsonl").read_text().splitlines()]
+    (here / "coco.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert quantize("--resume").exit_code == 0
+    assert all("the data changed" in "".join(s["tokens"]) for s in json.loads(Path("out/qig/samples.json").read_text()))
+    assert not Path("out/qig/marks.json").exists()
+
+    with monkeypatch.context() as patched:
+        _interrupt_after_a_block(patched)
+        assert quantize(output="next").exit_code == 130
+    rows[0]["caption"] = "and again"
+    (here / "coco.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    done = quantize("--resume", output="next")
+    assert done.exit_code == 2
+    assert "holds another calibration" in done.output
+    assert leftovers(here) == ["next.partial", "out"]
 
 
 def _interrupt_after_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +364,7 @@ def test_an_interrupted_run_is_resumed(here: Path, monkeypatch: pytest.MonkeyPat
     resumed, whole = (load_file(here / name / "model.safetensors") for name in ("out", "whole"))
     assert set(resumed) == set(whole)
     assert all(torch.equal(t, whole[name]) for name, t in resumed.items())
+    assert len(Calibration.load("out/qig/calibration").stats["block_seconds"]) == 2
 
 
 def test_a_full_disk_leaves_nothing_half_written(here: Path) -> None:

@@ -47,7 +47,7 @@ def _told() -> Iterator[None]:
 def _code(error: Exception) -> int | None:
     import torch
 
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
         return 5
     if type(error).__name__ == "BrokenModel":
         return 3

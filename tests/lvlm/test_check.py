@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,10 @@ from torch import Tensor, nn
 from torchao.quantization import quantize_
 
 from tests.tiny_dirs import directory
-from torchao_qig import PackedIntWeightOnlyConfig
-from torchao_qig.calibrate.store import Store
-from torchao_qig.lvlm.check import BATCHES, BrokenModel, answer_positions, check, divergence, references
+from torchao_qig import PackedIntWeightOnlyConfig, save_pretrained
+from torchao_qig.lvlm.check import BATCHES, BrokenModel, answer_positions, check, divergence, references, smallest
 from torchao_qig.lvlm.data import Batches, calibration_batches
-from torchao_qig.lvlm.evaluate import answers
+from torchao_qig.lvlm.evaluate import answers, batches_of, compare, is_packed, unpacked
 from torchao_qig.lvlm.load import load_model, load_processor
 from torchao_qig.lvlm.samples import read_samples
 
@@ -55,22 +55,22 @@ def test_divergence(setting: tuple[nn.Module, nn.Module, Batches]) -> None:
     model, rounded, batches = setting
     assert len(batches) > 1
     assert any(len(rows) > 1 for rows in batches.rows)
-    found = divergence(references(model, batches), rounded, batches)
-    every = [(p, q) for batch in batches[:BATCHES] for (_, _, p), (_, _, q) in zip(one_by_one(model, batch), one_by_one(rounded, batch), strict=True)]
+    looked_at = smallest(batches)
+    assert len(looked_at) == BATCHES < len(batches)
+    assert max(b["input_ids"].numel() for b in looked_at) <= min(b["input_ids"].numel() for b in batches[: len(batches) - BATCHES])
+    found = divergence(references(model, looked_at), rounded, looked_at)
+    every = [(p, q) for batch in looked_at for (_, _, p), (_, _, q) in zip(one_by_one(model, batch), one_by_one(rounded, batch), strict=True)]
     assert found["tokens"] == len(every)
     assert found["kl"] == pytest.approx(sum(float((p.exp() * (p - q)).sum()) for p, q in every) / len(every), rel=1e-4)
     assert found["agreement"] == pytest.approx(sum(int(p.argmax() == q.argmax()) for p, q in every) / len(every))
-    assert divergence(references(model, batches), model, batches) == {"kl": 0.0, "agreement": 1.0, "tokens": len(every)}
+    assert divergence(references(model, looked_at), model, looked_at) == {"kl": 0.0, "agreement": 1.0, "tokens": len(every)}
 
 
-@pytest.mark.parametrize("limit", [None, 0], ids=["in memory", "in files"])
-def test_answers(setting: tuple[nn.Module, nn.Module, Batches], limit: int | None) -> None:
+def test_compare(setting: tuple[nn.Module, nn.Module, Batches]) -> None:
     model, rounded, batches = setting
-    kept: list[Tensor] = []
-    store = Store(limit)
-    exact = answers(model, batches, keep=kept, store=store)
-    found = answers(rounded, batches, kept)
-    assert (store.filed > 0) == (limit == 0)
+    both = compare({"exact": model, "rounded": rounded}, batches)
+    exact, found = both["exact"], both["rounded"]
+    assert answers(rounded, batches) == found | {"kl": None}
     nll, kl, right, tokens, samples = 0.0, 0.0, 0, 0, 0
     for batch in batches:
         mine, theirs = one_by_one(rounded, batch), one_by_one(model, batch)
@@ -110,7 +110,7 @@ def test_answers_or_else_all_tokens() -> None:
     ids, mask = torch.arange(12).view(2, 6), torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
     labels = torch.full_like(ids, -100)
     labels[0, 4:] = ids[0, 4:]
-    assert answer_positions({"input_ids": ids, "labels": labels}).nonzero().tolist() == [[0, 3], [0, 4]]
+    assert answer_positions({"input_ids": ids, "labels": labels}).nonzero().tolist() == [[0, 3], [0, 4], *([1, t] for t in range(5))]
     assert answer_positions({"input_ids": ids, "attention_mask": mask}).sum(1).tolist() == [5, 3]
     assert answer_positions({"input_ids": ids}).sum(1).tolist() == [5, 5]
     nothing = torch.full_like(ids, -100)
@@ -130,7 +130,50 @@ def test_broken() -> None:
 
 def test_texts_without_answers_have_no_accuracy(setting: tuple[nn.Module, nn.Module, Batches]) -> None:
     model, _, batches = setting
-    bare = Batches([{k: v for k, v in batch.items() if k != "labels"} for batch in batches], batches.rows, batches.lengths, {})
+    bare = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     found = answers(model, bare)
     assert found["accuracy"] is None
     assert found["tokens"] == sum(int(batch["attention_mask"].sum()) - len(batch["input_ids"]) for batch in batches)
+
+
+def test_texts_beside_questions_count_nowhere(setting: tuple[nn.Module, nn.Module, Batches]) -> None:
+    """In batches of their own or together with questions."""
+    _, rounded, batches = setting
+    bare = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    mixed = []
+    for batch in batches:
+        labels = batch["labels"].clone()
+        labels[0] = -100
+        mixed.append(batch | {"labels": labels})
+    alone = answers(rounded, batches)
+    assert answers(rounded, [*bare, *batches]) == alone
+    fewer = answers(rounded, [*mixed, *bare])
+    assert fewer["samples"] == alone["samples"] - len(batches)
+    assert fewer["tokens"] < alone["tokens"]
+
+
+@pytest.mark.parametrize("stored, loaded", [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "auto")])
+def test_unpacked_weights_say_the_same(tmp_path: Path, stored: str, loaded: str) -> None:
+    """Whatever dtype the model is loaded in, to the bit."""
+    directory("qwen2", tmp_path / "full", getattr(torch, stored))
+    model = load_model(str(tmp_path / "full"))
+    quantize_(model, PackedIntWeightOnlyConfig(bits=3, group_size=64))
+    save_pretrained(model, tmp_path / "packed")
+    packed, dense = (load_model(str(tmp_path / "packed"), loaded) for _ in range(2))
+    assert is_packed(packed)
+    assert not is_packed(unpacked(dense))
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(packed(input_ids=ids).logits, dense(input_ids=ids).logits)
+
+
+def test_a_few_samples_at_a_time(setting: tuple[nn.Module, nn.Module, Batches], tmp_path: Path) -> None:
+    """The same samples, however many are read at once; some that cannot be used at all are no error."""
+    directory("qwen2", tmp_path / "model")
+    rows = [{"image": "absent.png", "text": "x"}, *({"question": "what?", "answer": "noise " * n} for n in range(1, 6))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
+    samples, processor = read_samples(tmp_path / "rows.json"), load_processor(str(tmp_path / "model"))
+    one, many = ([batch for batch in batches_of(samples, processor, n)] for n in (1, 64))
+    assert len(one) == 5
+    assert len(many) < 5
+    assert sorted(int((b["labels"] != -100).sum()) for b in one) == sorted(n for b in many for n in (b["labels"] != -100).sum(1).tolist())

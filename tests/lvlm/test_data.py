@@ -163,6 +163,21 @@ def test_labels_of_any_conversation(turns: list[str], with_picture: bool) -> Non
 
 PROCESSOR, TOKENIZER = tiny_dirs.PROCESSORS["llava_onevision"](), tiny_dirs.text()
 
+
+@given(st.lists(WORDS, min_size=1, max_size=5), st.sampled_from(["", "\n", "\n\n", " \n"]), st.booleans())
+def test_what_follows_the_end_of_a_turn(turns: list[str], gap: str, with_picture: bool) -> None:
+    """A turn ends otherwise than a document (Gemma): white space behind the end is never generated, so it has no label."""
+    processor = tiny_dirs.llava_onevision()
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<eos>"]})
+    tokenizer.eos_token = "<eos>"
+    processor.chat_template = processor.chat_template.replace("<|end|>", "<|end|>{{ '" + gap.replace("\n", "\\n") + "' }}")
+    sample = chat(*turns)
+    for message in sample.messages[::2] if with_picture else []:
+        message["content"].insert(0, {"type": "image", "image": picture()})
+    check(calibration_batches([sample], processor), [sample], tokenizer)
+
+
 HEADERS = "{% for m in messages %}<|{{ m.role }}|>"
 BODY = "{% for part in m.content %}{{ part.text }}{% endfor %}"
 ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -18,7 +18,7 @@ from PIL import Image
 from torchao_qig.lvlm.messages import as_messages
 from torchao_qig.lvlm.mixes import few_shot, interleaved
 from torchao_qig.lvlm.pictures import BadRow, located, opened
-from torchao_qig.lvlm.samples import PROMPT, Sample, Samples, read_samples
+from torchao_qig.lvlm.samples import PROMPT, Sample, Samples, called, read_samples, shortened
 
 CAPTIONS = ["A dog on grass.", "Two cats asleep.", "A red bus.\nIt stands."]
 FILES = ["dog.png", "sub/cats.png", "bus.png"]
@@ -353,6 +353,97 @@ def test_absolute_paths(pictures: Path, tmp_path_factory: pytest.TempPathFactory
         read_samples(path, pictures / "sub")
 
 
+def encoded(kind: str, side: int = 300) -> str:
+    """A picture as base64 text, about as noise is: long."""
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), 90).convert("RGB").save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize("confined", [False, True])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_base64_pictures(kind: str, confined: bool, tmp_path: Path) -> None:
+    """Text of a picture is the picture, also in lines; JPEG's begins as an absolute path does."""
+    text = encoded(kind, 40)
+    for written in (text, "\n".join(text[i : i + 76] for i in range(0, len(text), 76))):
+        found = located(written, tmp_path, confined)
+        assert found == base64.b64decode(text)
+        assert opened(found).size == (40, 40)
+
+
+SIGNED = (b"\xff\xd8\xff", b"BM", b"\x89PNG\r\n\x1a\n")
+
+
+@given(st.binary(max_size=400) | st.tuples(st.sampled_from(SIGNED), st.binary(min_size=180, max_size=400)).map(b"".join))
+def test_what_is_no_picture_stays_a_path(data: bytes) -> None:
+    """Long base64 with the signature of a picture is bytes; any other text is a missing file."""
+    text = base64.b64encode(data).decode()
+    if len(text) > 256 and data.startswith(SIGNED):
+        assert located(text, Path("/nowhere"), True) == data
+    else:
+        with pytest.raises(BadRow, match=r"image missing|image outside its folder"):
+            located(text, Path("/nowhere"), True)
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_tables_with_pictures(suffix: str, tmp_path: Path) -> None:
+    """VLMEvalKit's form: pictures as base64 in a table, fields longer than csv takes by itself; what is none is named in few words."""
+    text, limit = encoded("PNG"), csv.field_size_limit()
+    assert len(text) > limit
+    path = tmp_path / f"bench.{suffix}"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
+        writer.writerows([("index", "image", "question", "answer"), (0, text, "Who?", "Noise."), (1, text[1:], "Who?", "Nobody.")])
+    with pytest.warns(UserWarning, match="1 of 2 rows skipped") as caught:
+        found = read_samples(path)
+    assert [opened(s.images[0]).size for s in found] == [(300, 300)]
+    assert list(found.skipped) == ["image missing"]
+    assert len(str(caught[0].message)) < 500
+    assert csv.field_size_limit() == limit
+
+
+def test_tables_that_csv_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv.DictReader, "__next__", lambda reader: (_ for _ in ()).throw(csv.Error("line contains NUL")))
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    with pytest.raises(ValueError, match=r"path='.*a.csv': .*line contains NUL; known are JSON"):
+        read_samples(tmp_path / "a.csv")
+
+
+@given(st.text(st.sampled_from("ab /"), max_size=300), st.integers(0, 300))
+def test_details_are_short(text: str, more: int) -> None:
+    """About a hundred characters: of longer ones the beginning, the end, and what is left out between them."""
+    detail = text + "c" * more
+    short = shortened(detail)
+    assert len(short) <= 110
+    begin, between, end = short.partition(" ... ")
+    assert short == detail or (between and len(detail) > 110 and detail.startswith(begin) and detail.endswith(end) and len(begin) >= 40 and len(end) >= 40)
+
+
+ERRORS = [
+    (json.JSONDecodeError("path='x': odd", "{", 1), ValueError, "calib='x': odd: line 1"),
+    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "path=1"), ValueError, "calib=1"),
+    (BadRow("path=3", "odd"), ValueError, "calib=3: odd"),
+    (FileNotFoundError("path='x': no path=y"), FileNotFoundError, "calib='x': no path=y"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "words"), ERRORS)
+def test_errors_speak_of_the_argument(error: Exception, kind: type, words: str) -> None:
+    """Whatever their own constructors take."""
+    with pytest.raises(kind) as caught, called("calib"):
+        raise error
+    assert type(caught.value) is kind
+    assert words in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("path='x': needs datasets", name="datasets"), KeyError("path=")])
+def test_other_errors_pass(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, called("calib"):
+        raise error
+    assert caught.value is error
+
+
 @given(st.lists(st.sampled_from(["..", ".", "a", "", "b.png"]), min_size=1, max_size=6).map("/".join))
 def test_no_path_leaves_the_folder(text: str) -> None:
     """Whatever a row names, nothing outside the folder is looked for."""
@@ -423,6 +514,19 @@ def test_arguments(argument: dict[str, Any], error: str, many: Path) -> None:
         read_samples(many, **argument)
 
 
+LINES = st.text(st.sampled_from("aé{} \u2028\u2029\x85\r\n\x0b\x1c"), max_size=9)
+
+
+@given(st.lists(LINES, min_size=2, max_size=5), st.sampled_from(["\n", "\r\n", "\n\n"]), st.booleans())
+def test_json_lines_of_any_text(texts: list[str], end: str, ascii: bool) -> None:
+    """A row is what stands between line feeds, whatever else Unicode calls the end of a line."""
+    from torchao_qig.lvlm.rows import _text
+
+    rows = _text(Path("a.jsonl"), "".join(json.dumps({"text": t}, ensure_ascii=ascii) + end for t in texts))
+    assert [rows.row(i)["text"] for i in range(rows.count)] == texts
+    assert [rows.place(i) for i in range(rows.count)] == [f"a.jsonl:{i * end.count(chr(10)) + 1}" for i in range(len(texts))]
+
+
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).map(str.strip).filter(bool)
 
 
@@ -484,7 +588,7 @@ def test_few_shot(n: int, shots: int, seed: int) -> None:
     """Every sample is asked once, after others; pictures go with their questions."""
     samples = [_sample(i) for i in range(n)]
     if shots >= n:
-        with pytest.raises(ValueError, match=f"shots={shots}: .* there are {n - 1}"):
+        with pytest.raises(ValueError, match=rf"few_shot \(shots\)={shots}: .* there are {n - 1}"):
             few_shot(samples, shots, seed)
         return
     found = few_shot(samples, shots, seed)
@@ -502,7 +606,7 @@ def test_few_shot(n: int, shots: int, seed: int) -> None:
 def test_demonstrations_have_answers() -> None:
     samples = [_sample(0), _sample(1, answered=False), _sample(2)]
     assert all("1" not in s.source.split(" + ")[:-1] for seed in range(20) for s in few_shot(samples, 1, seed))
-    with pytest.raises(ValueError, match="shots=2"):
+    with pytest.raises(ValueError, match=r"few_shot \(shots\)=2: "):
         few_shot(samples, 2)
 
 
@@ -527,5 +631,5 @@ def test_interleaved_text() -> None:
     texts = [Sample([{"role": "user", "content": [{"type": "text", "text": f"t{i}"}]}], str(i)) for i in range(2)]
     only = interleaved(texts, 2)[0]
     assert sorted(part["text"] for part in only.messages[0]["content"]) == ["t0", "t1"]
-    with pytest.raises(ValueError, match="per_sample=0"):
+    with pytest.raises(ValueError, match=r"interleaved \(per_sample\)=0: "):
         interleaved(texts, 0)

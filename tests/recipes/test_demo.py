@@ -37,5 +37,5 @@ def test_demo() -> None:
 def test_advice_without_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "recipes.demo", None)  # type: ignore[arg-type]
     done = CliRunner().invoke(app, ["demo"])
-    assert done.exit_code == 1
-    assert "clone of the repository" in done.output
+    assert done.exit_code == 2
+    assert "run it from a clone" in done.output

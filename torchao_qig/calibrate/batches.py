@@ -160,4 +160,6 @@ def naming(model: nn.Module, batch: Batch) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        if "allocate memory" in str(error):  # what the CPU's allocator says
+            raise
         raise ValueError(f"calib: {type(model).__name__} cannot run batch {batch.number}: {error}. The model is unchanged.") from error

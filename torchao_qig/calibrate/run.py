@@ -156,7 +156,9 @@ class Run:
                 stream.next_block()
                 if progress is not None and index >= done:
                     hidden = self._hidden(stream)
-                    progress.save(index + 1, self.found.of_block(name), hidden, {"searched": self.searched, "steps": self.steps, "ran": sorted(self.ran)})
+                    times = {"block_seconds": self.found.stats["block_seconds"], "seconds": time.perf_counter() - self.started}
+                    notes = {"searched": self.searched, "steps": self.steps, "ran": sorted(self.ran), **times}
+                    progress.save(index + 1, self.found.of_block(name), hidden, notes)
         self.found.modality = gather.modalities(stream.pieces) or self.found.modality
         self._count_files(stream.store)
 
@@ -206,6 +208,8 @@ class Run:
             for part in found:
                 self.found.add(part)
             self.searched, self.steps, self.ran = notes["searched"], notes["steps"], set(notes["ran"])
+            self.found.stats["block_seconds"] = notes["block_seconds"]
+            self.started = min(self.started, time.perf_counter() - notes["seconds"])
             for piece, state in zip((p for p in stream.pieces if p.hidden is not None), states, strict=False):
                 piece.hidden = state
             if self.distortion and states:

@@ -32,9 +32,8 @@ from torch import Tensor, nn
 
 from torchao_qig import PackedIntTensor
 from torchao_qig.lvlm import card, serve
-from torchao_qig.lvlm.load import load_model, load_processor
+from torchao_qig.lvlm.load import WEIGHT_FILES, load_model, load_processor
 
-WEIGHTS = ("*.safetensors", "*.bin")
 RATIOS = ("decode_tokens_per_second", "prefill_tokens_per_second", "first_token_seconds", "bytes_on_disk", "peak_bytes")
 FILLER = "Look at it again. "
 SHOWN = 15  # lines of a failed process's errors
@@ -212,7 +211,7 @@ def bench(
     rows = []
     for i, (path, _) in enumerate(wanted):
         first, decode = (statistics.median(r[i][key] for r in rounds) for key in ("first_token_seconds", "decode_tokens_per_second"))
-        size = sum(file.stat().st_size for pattern in WEIGHTS for file in path.glob(pattern))
+        size = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in path.glob(pattern))
         rows.append({
             "name": path.resolve().name, **{k: v for k, v in facts[i].items() if k != "machine"}, "bytes_on_disk": size, "first_token_seconds": first,
             "prefill_tokens_per_second": facts[i]["prompt_tokens"] / first, "decode_tokens_per_second": decode, **peaks[i],
@@ -226,10 +225,10 @@ def bench(
 def run(model: str, against: str | None = None, **options: Any) -> str:
     """Measure, note it beside a model that `quantize` wrote (qig/bench.json, the card), and return the table."""
     found = bench(model, against, **options)
-    notes = Path(model) / "qig"
+    notes = Path(model).expanduser() / "qig"
     if (notes / "receipt.json").exists():
         (notes / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
-        card.rewrite(Path(model))
+        card.rewrite(Path(model).expanduser())
     return card.bench_table(found)
 
 

@@ -84,8 +84,8 @@ Quantized with torchao_qig {receipt["versions"]["torchao_qig"]} on {receipt["cre
 import torchao_qig  # registers the packed weights
 from transformers import {", ".join(sorted(("AutoProcessor", kind)))}
 
-model = {kind}.from_pretrained("{name}")
-processor = AutoProcessor.from_pretrained("{name}")
+model = {kind}.from_pretrained({json.dumps(name, ensure_ascii=False)})
+processor = AutoProcessor.from_pretrained({json.dumps(name, ensure_ascii=False)})
 ```
 
 ## Measured

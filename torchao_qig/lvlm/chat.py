@@ -126,8 +126,7 @@ class Chat:
 
     def picture_token(self, grown: Counter[int]) -> int | None:
         """The one that pictures brought most of; of several a special one."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        special = {token for token, entry in added.items() if entry.special} | set(self.tokenizer.all_special_ids)
+        special = {token for token, entry in self._added().items() if entry.special} | set(self.tokenizer.all_special_ids)
         return max(grown, key=lambda token: (grown[token], token in special, -token), default=None)
 
     def answers(self, messages: Messages, ids: list[int]) -> list[bool]:
@@ -145,6 +144,7 @@ class Chat:
                 start, last = self._span(messages, i, whole, last)
                 lo, hi = (_common(self.words(whole[:at]), words) for at in (start, last))
                 first = self._position(messages, i, (start, last), ids, len(words) - lo)
+                hi = self._end(words, lo, hi)
                 if lo >= hi or ids[first : first + hi - lo] != words[lo:hi]:
                     raise ValueError(f"the template hides where the answer of turn {i + 1} is; pass answers=False to do without labels")
                 mask[first : first + hi - lo] = [True] * (hi - lo)
@@ -164,6 +164,16 @@ class Chat:
         if stop and (at := whole.rfind(stop, start + len(said[-1]), end)) >= 0:
             end = at + len(stop)  # what follows is never generated
         return start, end
+
+    def _end(self, words: list[int], lo: int, hi: int) -> int:
+        """Where the answer of these tokens ends: white space behind the token that ends its turn is the template's, and never generated."""
+        end = hi
+        while end > lo and not self.tokenizer.decode([words[end - 1]]).strip():
+            end -= 1
+        return end if lo < end < hi and words[end - 1] in {*self._added(), *self.tokenizer.all_special_ids} else hi
+
+    def _added(self) -> dict[int, Any]:
+        return getattr(self.tokenizer, "added_tokens_decoder", {})
 
     def _position(self, messages: Messages, i: int, span: tuple[int, int], ids: list[int], rest: int) -> int:
         """Where turn i's answer begins in the tokens, `rest` tokens of text from the end.

@@ -17,15 +17,18 @@ class BrokenModel(RuntimeError):
 
 
 def answer_positions(batch: dict[str, Tensor]) -> Tensor:
-    """(B, T) bool: positions whose next token is part of an answer, all that are no padding where there are no answers."""
-    ids, labels = batch["input_ids"], batch.get("labels")
-    here = torch.zeros_like(ids, dtype=torch.bool)
+    """(B, T) bool: positions whose next token is part of an answer; of samples without answers, all that are no padding."""
+    ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+    answers, real = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     if labels is not None:
-        here[:, :-1] = labels[:, 1:] != -100
-    if not here.any():
-        mask = batch.get("attention_mask")
-        here[:, :-1] = True if mask is None else (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-    return here
+        answers[:, :-1] = labels[:, 1:] != -100
+    every = real & torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], 1)
+    return torch.where(answers.any(1, keepdim=True), answers, every)
+
+
+def smallest(batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The batches that are looked at: of those with fewest tokens."""
+    return sorted(batches, key=lambda batch: batch["input_ids"].numel())[:BATCHES]
 
 
 @torch.no_grad()
@@ -41,13 +44,13 @@ def log_probabilities(model: nn.Module, batch: dict[str, Tensor], limit: int | N
 
 def references(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
     """What the model says, to be compared with later."""
-    return [log_probabilities(model, batch) for batch, _ in zip(batches, range(BATCHES), strict=False)]
+    return [log_probabilities(model, batch) for batch in batches]
 
 
 def divergence(reference: list[Tensor], model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
     """Mean KL per token (nats), the part of tokens whose likeliest successor is the same, and their number."""
     kl = same = count = 0.0
-    for logp, batch in zip(reference, batches, strict=False):
+    for logp, batch in zip(reference, batches, strict=True):
         now = log_probabilities(model, batch)
         kl += float((logp.exp() * (logp - now)).sum(dtype=torch.float64))
         same += float((logp.argmax(-1) == now.argmax(-1)).sum())

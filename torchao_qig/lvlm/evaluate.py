@@ -8,8 +8,9 @@ texts without answers all tokens count, and there is no accuracy. Intervals are 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchao_qig import PackedIntTensor
-from torchao_qig.calibrate.store import Store
 from torchao_qig.lvlm import card
 from torchao_qig.lvlm.check import answer_positions, log_probabilities
-from torchao_qig.lvlm.data import IGNORED, Batches, calibration_batches
-from torchao_qig.lvlm.load import load_model, load_processor
-from torchao_qig.lvlm.samples import called, read_samples
+from torchao_qig.lvlm.data import IGNORED, calibration_batches
+from torchao_qig.lvlm.load import WEIGHT_FILES, device_of, load_model, load_processor
+from torchao_qig.lvlm.samples import Samples, called, read_samples
 
 RESAMPLES = 2000
-IN_MEMORY = 2**31  # bytes of full-precision distributions; more goes to temporary files
 
 
 def interval(values: Tensor, weights: Tensor, unit: Tensor, seed: int = 0) -> tuple[float, float, float]:
@@ -40,35 +39,59 @@ def interval(values: Tensor, weights: Tensor, unit: Tensor, seed: int = 0) -> tu
     return float(per[0].sum() / per[1].sum()), low, high
 
 
-def answers(
-    model: nn.Module, batches: Batches, reference: list[Tensor] | None = None, keep: list[Tensor] | None = None, store: Store | None = None
-) -> dict[str, Any]:
-    """Accuracy, NLL, and KL to `reference`. `keep` collects, in `store`, what another model's `reference` needs."""
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("tokens", "wrong", "nll", "kl")}
-    for number, batch in enumerate(tqdm(batches, "evaluating")):
-        at = answer_positions(batch)
-        logp = log_probabilities(model, batch, limit=None)
-        target = batch["input_ids"].roll(-1, 1)[at]
-        row = torch.arange(len(at))[:, None].expand_as(at)[at]
+def _per_sample(model: nn.Module, batch: dict[str, Tensor], reference: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    """Sums over each sample's tokens, and the log-probabilities that they came from."""
+    at = answer_positions(batch)
+    logp = log_probabilities(model, batch, limit=None)
+    target, row = batch["input_ids"].roll(-1, 1)[at], torch.arange(len(at))[:, None].expand_as(at)[at]
 
-        def per_sample(values: Tensor, row: Tensor = row, size: int = len(at)) -> Tensor:
-            return torch.zeros(size, dtype=torch.float64).index_add(0, row, values.double())
+    def summed(values: Tensor) -> Tensor:
+        return torch.zeros(len(at), dtype=torch.float64).index_add(0, row, values.double())
 
-        columns["tokens"].append(per_sample(torch.ones(len(row))))
-        columns["wrong"].append(per_sample(logp.argmax(-1) != target))
-        columns["nll"].append(per_sample(-logp.gather(1, target[:, None])[:, 0]))
-        if reference is not None:
-            columns["kl"].append(per_sample((reference[number].exp() * (reference[number] - logp)).sum(-1)))
-        if keep is not None and store is not None:
-            keep.append(store.put(logp))
-    tokens, wrong, nll = (torch.cat(columns[name]) for name in ("tokens", "wrong", "nll"))
-    unit = torch.arange(len(tokens))
-    found: dict[str, Any] = {"accuracy": None, "nll": interval(nll, tokens, unit), "kl": None}
-    if any(bool((batch["labels"] != IGNORED).any()) for batch in batches if "labels" in batch):  # texts without answers are right or wrong nowhere
-        found["accuracy"] = interval(wrong == 0, torch.ones(len(tokens)), unit)
-    if reference is not None:
-        found["kl"] = interval(torch.cat(columns["kl"]), tokens, unit)
-    return found | {"samples": len(tokens), "tokens": int(tokens.sum())}
+    answered = batch["labels"] != IGNORED if "labels" in batch else torch.zeros_like(at)
+    found = {"tokens": summed(torch.ones(len(row))), "wrong": summed(logp.argmax(-1) != target), "nll": summed(-logp.gather(1, target[:, None])[:, 0])}
+    found["kl"] = summed((reference.exp() * (reference - logp)).sum(-1)) if reference is not None else torch.full((len(at),), torch.nan)
+    return found | {"answered": answered.any(1)}, logp
+
+
+def _summary(columns: dict[str, Tensor]) -> dict[str, Any]:
+    answered = columns["answered"]
+    if answered.any():  # texts beside questions are right or wrong nowhere
+        columns = {name: values[answered] for name, values in columns.items()}
+    tokens, unit = columns["tokens"], torch.arange(len(columns["tokens"]))
+    right = interval(columns["wrong"] == 0, torch.ones(len(tokens)), unit) if answered.any() else None
+    kl = None if columns["kl"].isnan().any() else interval(columns["kl"], tokens, unit)
+    return {"accuracy": right, "nll": interval(columns["nll"], tokens, unit), "kl": kl, "samples": len(tokens), "tokens": int(tokens.sum())}
+
+
+def compare(models: dict[str, nn.Module], batches: Iterable[dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Accuracy and NLL of every model, and KL to the first. Batch by batch: nothing of a batch is kept but sums."""
+    columns: dict[str, list[dict[str, Tensor]]] = {name: [] for name in models}
+    for batch in tqdm(batches, "evaluating"):
+        first: Tensor | None = None
+        for name, model in models.items():
+            found, logp = _per_sample(model, batch, first)
+            columns[name].append(found)
+            first = logp if first is None else first
+    return {name: _summary({key: torch.cat([part[key] for part in parts]) for key in parts[0]}) for name, parts in columns.items()}
+
+
+def answers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
+    """Those of one model."""
+    return compare({"": model}, batches)[""]
+
+
+def batches_of(samples: Samples, processor: Any, at_once: int = 64) -> Iterator[dict[str, Tensor]]:
+    """Batches of some samples at a time: pictures of a whole data set would not fit into memory."""
+    used, refused = False, ""
+    for first in range(0, len(samples), at_once):
+        try:
+            yield from calibration_batches(samples[first : first + at_once], processor)
+            used = True
+        except ValueError as error:  # none of these; perhaps of the others
+            refused = str(error)
+    if not used:
+        raise ValueError(refused)
 
 
 def run(
@@ -79,46 +102,54 @@ def run(
     if not data and not tasks:
         raise ValueError("data: nothing to evaluate on; pass --data with questions and answers, or --tasks with lmms-eval's")
     processor, tables = load_processor(model), []
-    quantized = load_model(model, dtype, device=device)
-    size = _bytes(quantized)
-    quantized = quantized if keep_packed else unpacked(quantized)
+    place = device_of(device)
     if data:
         with called("data"):
-            batches = calibration_batches(read_samples(data, images, split=split, count=samples, seed=seed), processor)
-        rows: list[dict[str, Any]] = []
-        kept: list[Tensor] | None = None
-        if reference is not None:
-            exact, kept = load_model(reference, dtype, device=device), []
-            rows.append({"name": "full precision", "bytes": _bytes(exact), **answers(exact, batches, keep=kept, store=Store(IN_MEMORY))})
-            del exact
-        rows.append({"name": "quantized", "bytes": size, **answers(quantized, batches, kept)})
+            read = read_samples(data, images, split=split, count=samples, seed=seed)
+        sources = {"full precision": reference} if reference is not None else {}
+        given = load_model(model, dtype, device=place)
+        sources["quantized" if is_packed(given) else "as given"] = model
+        models = {name: load_model(source, dtype, device=place) if source != model else given for name, source in sources.items()}
+        found = compare(models, batches_of(read, processor))
+        rows = [{"name": name, "bytes": bytes_on_disk(sources[name], models[name]), **figures} for name, figures in found.items()]
         tables.append(_note(model, "evaluation.json", {"rows": rows, "data": data}, card.evaluation_table))
+        del models, given
     if tasks:
         from torchao_qig.lvlm import harness
 
-        tables.append(_note(model, "tasks.json", {"tasks": harness.run(quantized, processor, tasks, include, samples)}, card.tasks_table))
+        loaded = load_model(model, dtype, device=place)
+        answering = loaded if keep_packed else unpacked(loaded)
+        tables.append(_note(model, "tasks.json", {"tasks": harness.run(answering, processor, tasks, include, samples)}, card.tasks_table))
     return "\n\n".join(tables)
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(p, PackedIntTensor) for p in model.parameters())
+
+
+def bytes_on_disk(source: str, model: nn.Module) -> int:
+    """Of the weight files; where they lie elsewhere, of the weights as they were loaded."""
+    files = [file for pattern in WEIGHT_FILES for file in Path(source).expanduser().glob(pattern)]
+    if files:
+        return sum(file.stat().st_size for file in files)
+    return sum(p.nbytes_packed() if isinstance(p, PackedIntTensor) else p.numel() * p.element_size() for p in model.parameters())
 
 
 def unpacked(model: nn.Module) -> nn.Module:
     """The model with dense weights, where that changes no bit: uncompiled linears dequantize at every call, here it is done once."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and not isinstance(p, PackedIntTensor))  # of what linears are given
     for module in model.modules():
         weight = module._parameters.get("weight")
         if isinstance(weight, PackedIntTensor) and not weight.int8_activations and weight.act_pre_scale is None:
-            module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+            module.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
     return model
-
-
-def _bytes(model: nn.Module) -> int:
-    """As stored."""
-    return sum(p.nbytes_packed() if isinstance(p, PackedIntTensor) else p.numel() * p.element_size() for p in model.parameters())
 
 
 def _note(model: str, file: str, found: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> str:
     """Keep a result beside a model that `quantize` wrote; its table."""
-    found |= {"command": " ".join(["torchao-qig", *sys.argv[1:]]), "date": date.today().isoformat()}
-    notes = Path(model) / "qig"
-    if (notes / "receipt.json").exists():
-        (notes / file).write_text(json.dumps(found, indent=1, default=float) + "\n")
-        card.rewrite(Path(model))
+    found |= {"command": shlex.join(["torchao-qig", *sys.argv[1:]]), "date": date.today().isoformat()}
+    directory = Path(model).expanduser()
+    if (directory / "qig" / "receipt.json").exists():
+        (directory / "qig" / file).write_text(json.dumps(found, indent=1, default=float) + "\n")
+        card.rewrite(directory)
     return table(found)

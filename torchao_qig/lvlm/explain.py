@@ -13,28 +13,35 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchao_qig import calibrate
+from torchao_qig.calibrate.resume import fingerprint_of_data, fingerprint_of_model
 from torchao_qig.lvlm.data import calibration_batches
 from torchao_qig.lvlm.pictures import opened
 from torchao_qig.lvlm.recipe import Recipe
 from torchao_qig.lvlm.samples import Sample
 
 LARGEST = 512  # pixels of a shown picture's longer side
+MARKS = "marks.json"  # of what it was computed from
 BITS = 4  # where the recipe has no number
 HINTS = ("num_image_tokens", "image_seq_length", "image_seq_len")  # of processors: tokens of one tile
 
 
 def token_weights(model: nn.Module, wanted: Recipe, samples: Sequence[Sample], processor: Any, directory: Path) -> Path | None:
-    """Calibrate for token weights alone, on the first samples; write sensitivity/, samples.json and samples/ into `directory`.
+    """Calibrate for token weights alone, on these samples; write sensitivity/, samples.json and samples/ into `directory`.
 
-    Where an interrupted run has done so already, nothing is computed.
+    Where an interrupted run has done so already, with the same weights and samples, nothing is computed.
     """
-    if not wanted.explain or directory.exists():
-        return directory if wanted.explain else None
+    if not samples:
+        return None
+    batches = calibration_batches(samples, processor, tokens=wanted.tokens, max_length=wanted.max_length)
+    marks = json.dumps([fingerprint_of_model(model), fingerprint_of_data([t for batch in batches for t in batch.values()])])
+    if (directory / MARKS).exists() and (directory / MARKS).read_text() == marks:
+        return directory
+    shutil.rmtree(directory, ignore_errors=True)
     unfinished = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    batches = calibration_batches(samples[: wanted.explain], processor, tokens=wanted.tokens, max_length=wanted.max_length)
     calibrate(model, list(batches), _weights_alone(wanted)).save(unfinished / "sensitivity")
+    (unfinished / MARKS).write_text(marks)
     shown = []
     for batch, rows in zip(batches, batches.rows, strict=True):
         first = 0  # of the sample's pictures among the batch's

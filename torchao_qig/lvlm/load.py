@@ -16,6 +16,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 AUTO = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
+WEIGHT_FILES = ("*.safetensors", "*.bin")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,11 +34,29 @@ def _located(name: str) -> str:
     return name
 
 
+def device_of(name: str | None) -> torch.device:
+    """A device that is really there."""
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device={name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError(f"device={name!r}: nothing is computed there; pass cpu or an accelerator")
+    return device
+
+
+def _dtype(name: str) -> Any:
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: pass one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 def _tried(name: str, load: Callable[[str], Any], what: str) -> Any:
     try:
         return load(_located(name))
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, FileNotFoundError) and str(error).startswith("model="):
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        if str(error).startswith("model=") or "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise FileNotFoundError(f"model={name!r}: cannot load its {what}: {' '.join(str(error).split())}") from error
 
@@ -57,7 +76,7 @@ def auto_class(config: Any) -> Any:
 def load_model(name: str, dtype: str = "auto", revision: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """The model in eval mode. It is loaded on the CPU and moved, so that no extra package is needed."""
     auto = auto_class(load_config(name, revision))
-    options = dict(dtype=DTYPES[dtype], revision=revision, output_loading_info=True)
+    options = dict(dtype=_dtype(dtype), revision=revision, output_loading_info=True)
     model, found = _tried(name, lambda path: auto.from_pretrained(path, **options), "weights")
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
@@ -68,7 +87,9 @@ def load_model(name: str, dtype: str = "auto", revision: str | None = None, devi
 def shape_of(name: str, dtype: str = "auto", revision: str | None = None) -> nn.Module:
     """The same without its weights, on the meta device: enough for a plan, and no bigger than its code."""
     config = load_config(name, revision)
-    wanted = DTYPES[dtype] if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"model={name!r}: quantized already; pass the full-precision model")
+    wanted = _dtype(dtype) if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         return auto_class(config).from_config(config, dtype=wanted).eval()
 

@@ -9,6 +9,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # JPEG, PNG, GIF, WebP, BMP, TIFF
+LONG = 256  # characters: what is shorter is rather a path than a picture
+
 
 class BadRow(ValueError):
     """A row that is no sample: the reason, by which rows are counted, and what it was here."""
@@ -22,6 +25,7 @@ def located(value: Any, folder: Path, confined: bool) -> Any:
     """A picture as a row names it -> a path, bytes or a PIL image. It is not opened.
 
     Relative paths are below `folder` and stay there; absolute ones, too, where pictures are `confined` to it.
+    A long text that is no file may be the picture itself, in base64.
     """
     if isinstance(value, dict) and {"bytes", "path"} & set(value):  # as `datasets` stores pictures
         value = value.get("bytes") or value.get("path")
@@ -36,11 +40,23 @@ def located(value: Any, folder: Path, confined: bool) -> Any:
         raise BadRow("image is a URL", f"{text}; download it first, nothing is fetched")
     path = Path(os.path.normpath(folder / text))
     inside = path.is_relative_to(os.path.normpath(folder))
-    if not inside and (confined or not Path(text).is_absolute()):
+    allowed = inside or (Path(text).is_absolute() and not confined)
+    if allowed and os.path.isfile(path):
+        return path
+    if len(text) > LONG and (picture := _encoded(text)) is not None:
+        return picture
+    if not allowed:
         raise BadRow("image outside its folder", f"{text} is not in {folder}")
-    if not os.path.isfile(path):
-        raise BadRow("image missing", text)
-    return path
+    raise BadRow("image missing", text)
+
+
+def _encoded(text: str) -> bytes | None:
+    """A picture written as base64, in one line or several."""
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None
+    return data if data.startswith(SIGNATURES) else None
 
 
 def _inline(url: str) -> bytes:

@@ -10,14 +10,17 @@ that was interrupted continues with `resume`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -27,10 +30,10 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from torchao_qig import Calibration, __version__, calibrate, save_pretrained
+from torchao_qig import Calibration, PackedIntTensor, __version__, calibrate, save_pretrained
 from torchao_qig.calibrate.plan import Plan, plan
 from torchao_qig.lvlm import card, explain, recipe
-from torchao_qig.lvlm.check import check, divergence, references
+from torchao_qig.lvlm.check import BrokenModel, check, divergence, references, smallest
 from torchao_qig.lvlm.data import Batches, calibration_batches
 from torchao_qig.lvlm.load import load_model, load_processor, save_processor
 from torchao_qig.lvlm.mixes import few_shot, interleaved
@@ -43,11 +46,35 @@ def partial_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def _check_output(output: Path, resume: bool) -> None:
+def _output_of(wanted: recipe.Recipe, resume: bool) -> Path:
+    """Where the result goes; what would fail only at the end is an error now."""
+    output = Path(wanted.output).expanduser().resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output={str(output)!r}: exists already; pass another directory, or delete it")
+        raise ValueError(f"output={wanted.output!r}: exists already; pass another directory, or delete it")
+    if output == Path.cwd() or output.is_mount():
+        raise ValueError(f"output={wanted.output!r}: cannot be replaced; pass a new directory, or one inside it")
     if partial_of(output).exists() and not resume:
-        raise ValueError(f"output={str(output)!r}: {partial_of(output)} holds an interrupted run; continue it with --resume, or delete it")
+        raise ValueError(f"output={wanted.output!r}: {partial_of(output)} holds an interrupted run; continue it with --resume, or delete it")
+    return output
+
+
+@contextmanager
+def _working(partial: Path, wanted: recipe.Recipe) -> Iterator[None]:
+    """In `partial`, alone. It stays after an interruption, which can be resumed, and not after an error that another try needs other settings for."""
+    fresh = not partial.exists()
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"output={wanted.output!r}: another run is at it, in {partial}; pass another directory, or wait") from error
+        _continue(partial, wanted)
+        try:
+            yield
+        except (BrokenModel, ValueError, TypeError, LookupError) as error:
+            if fresh or isinstance(error, BrokenModel):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def samples_of(wanted: recipe.Recipe) -> tuple[Sequence[Sample], Samples]:
@@ -73,9 +100,7 @@ def prepared(wanted: recipe.Recipe, say: Say) -> tuple[Any, Sequence[Sample], Ba
 def run(wanted: recipe.Recipe, resume: bool = False, dry_run: bool = False, say: Say = print) -> Path:
     """Quantize as the recipe says; the directory that was written."""
     wanted.needs("model", "calib", *([] if dry_run else ["output"]))
-    output = Path(wanted.output).expanduser()
-    if not dry_run:
-        _check_output(output, resume)
+    output = Path() if dry_run else _output_of(wanted, resume)
     processor, samples, batches, skipped = prepared(wanted, say)
     model = load_model(wanted.model, wanted.dtype, wanted.revision)
     planned = plan(model, wanted.config(calib=list(batches)))
@@ -83,24 +108,49 @@ def run(wanted: recipe.Recipe, resume: bool = False, dry_run: bool = False, say:
     if dry_run:
         return output
     partial = partial_of(output)
-    partial.mkdir(parents=True, exist_ok=True)
-    _continue(partial, wanted)
-    started = time.perf_counter()
-    reference = references(model, batches)
-    explained = explain.token_weights(model, wanted, samples, processor, partial / "explained")
-    config = wanted.config(calib=None, checkpoint_dir=partial / "blocks")
-    calibration = calibrate(model, list(batches), config)
-    quantize_(model, wanted.config(calib=calibration))
-    found = divergence(reference, model, batches)
-    check(found, wanted.max_kl)
-    say(f"beside full precision: KL {found['kl']:.4f} nats per token, the same likeliest token at {found['agreement']:.1%} of {found['tokens']} tokens")
-    receipt = _receipt(wanted, planned, calibration, batches, skipped, found, time.perf_counter() - started)
-    _save(partial, output, model, processor, wanted, calibration, explained, receipt)
-    if output.exists():
-        output.rmdir()  # empty, as has been checked
-    os.replace(partial / "saved", output)
+    with _working(partial, wanted):
+        started = time.perf_counter()
+        looked_at = smallest(batches)
+        reference = references(model, looked_at)
+        shown = [samples[i] for i in sorted(i for rows in batches.rows for i in rows)[: wanted.explain]]
+        explained = explain.token_weights(model, wanted, shown, processor, partial / "explained")
+        before = {name: linear.weight.nbytes for name, linear in _linears(model).items()}
+        started_blocks = time.perf_counter()
+        calibration = calibrate(model, _drained(batches), wanted.config(calib=None, checkpoint_dir=partial / "blocks"))
+        resumed = calibration.stats["seconds"] - (time.perf_counter() - started_blocks)  # what an interrupted run has spent
+        quantize_(model, wanted.config(calib=calibration))
+        _correct(planned, model, before)
+        found = divergence(reference, model, looked_at)
+        check(found, wanted.max_kl)
+        say(f"beside full precision: KL {found['kl']:.4f} nats per token, the same likeliest token at {found['agreement']:.1%} of {found['tokens']} tokens")
+        receipt = _receipt(wanted, planned, batches, skipped, found, time.perf_counter() - started + max(0.0, resumed))
+        _save(partial, output, model, processor, wanted, calibration, explained, receipt)
+        if output.exists():
+            output.rmdir()  # empty, as has been checked
+        os.replace(partial / "saved", output)
     shutil.rmtree(partial, ignore_errors=True)
-    return output
+    return Path(wanted.output).expanduser()
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _drained(batches: Batches) -> Iterator[dict[str, Any]]:
+    """Each is forgotten when it has been read: pictures are large, and what is kept of them is not."""
+    while batches:
+        yield batches.pop(0)
+
+
+def _correct(planned: Plan, model: nn.Module, before: dict[str, int]) -> None:
+    """The plan as it came about: linears may keep all their bits, or no token may have reached them."""
+    packed = {name: m.weight.data for name, m in _linears(model).items() if isinstance(m.weight, PackedIntTensor)}
+    stayed = sorted(planned.linears - set(packed))
+    if stayed:
+        planned.left["in the end: all their bits, or no token"] = stayed
+    planned.linears = set(packed)
+    planned.bytes_before = sum(before[name] for name in packed)
+    planned.bytes_after = sum(weight.nbytes_packed() for weight in packed.values())
 
 
 def _continue(partial: Path, wanted: recipe.Recipe) -> None:
@@ -116,14 +166,12 @@ def _continue(partial: Path, wanted: recipe.Recipe) -> None:
     wanted.write(path)
 
 
-def _receipt(
-    wanted: recipe.Recipe, planned: Plan, calibration: Calibration, batches: Batches, skipped: dict[str, int], found: dict[str, Any], seconds: float
-) -> dict[str, Any]:
+def _receipt(wanted: recipe.Recipe, planned: Plan, batches: Batches, skipped: dict[str, int], found: dict[str, Any], seconds: float) -> dict[str, Any]:
     versions = {"torchao_qig": __version__, "torch": torch.__version__, **{name: metadata.version(name) for name in ("torchao", "transformers")}}
     return {
         "model": wanted.model,
         "created": date.today().isoformat(),
-        "command": " ".join(["torchao-qig", *sys.argv[1:]]),
+        "command": shlex.join(["torchao-qig", *sys.argv[1:]]),
         "versions": versions | {"python": platform.python_version()},
         "device": wanted.device or "cpu",
         "plan": {"quantized": len(planned.linears), "left": planned.left, "bytes_before": planned.bytes_before, "bytes_after": planned.bytes_after,
@@ -155,7 +203,7 @@ def _save(
         notes.mkdir()
         calibration.save(notes / "calibration")
         if explained is not None:
-            shutil.copytree(explained, notes, dirs_exist_ok=True)
+            shutil.copytree(explained, notes, dirs_exist_ok=True, ignore=shutil.ignore_patterns(explain.MARKS))
         wanted.write(notes / "recipe.yaml")
         (notes / "receipt.json").write_text(json.dumps(receipt, indent=1) + "\n")
         (saved / "README.md").write_text(card.text(saved, output.name))

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from torchao_qig.config import RUNTIME, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.lvlm.load import device_of
 
 FIXED = {"version", "base_config", "pre_scaled", "dtype", *RUNTIME} - {"compute_dtype", "micro_batch", "max_host_memory"}  # not said by recipes
 TEXTS = {"model", "output", "calib", "images", "split", "revision", "prompt", "dtype", "device"}
@@ -72,11 +73,10 @@ class Recipe:
             raise ValueError(f"dtype={self.dtype!r}: pass one of {', '.join(DTYPES)}")
         if self.few_shot and self.interleaved > 1:
             raise ValueError(f"few_shot={self.few_shot}, interleaved={self.interleaved}: pass one of them")
-        if self.device is not None:
-            try:
-                torch.device(self.device)
-            except RuntimeError as error:
-                raise ValueError(f"device={self.device!r}: {str(error).splitlines()[0]}") from error
+        for name in sorted(TEXTS):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name}={getattr(self, name)!r}: pass a text")
+        device_of(self.device)
         self.config()  # its own checks
 
     def needs(self, *names: str) -> None:
@@ -105,7 +105,7 @@ class Recipe:
         return own | {name: _plain(getattr(config, name)) for name in keys(self.int8_activations) if name not in own}
 
     def write(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True))
+        path.write_text(yaml.safe_dump(self.resolved(), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:
@@ -135,7 +135,7 @@ def keys(int8_activations: bool = False) -> list[str]:
 def read(path: str | Path) -> dict[str, Any]:
     """The keys of a file."""
     try:
-        found = yaml.safe_load(Path(path).read_text())
+        found = yaml.safe_load(Path(path).expanduser().read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"config={str(path)!r}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ FORMATS = (
 )
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow")  # of files, never of names on the hub
 PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")  # how files begin
+LIMIT = threading.Lock()  # csv's limit of a field is the whole process's
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def _text(path: Path, text: str) -> Rows:
         try:
             return _json(path, json.loads(text))
         except json.JSONDecodeError as error:
-            lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+            lines = [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # strings may hold what else ends lines
             if path.suffix == ".jsonl" or any(isinstance(_parsed(line), dict) for _, line in lines):
                 return Rows(len(lines), lambda i: _line(lines[i][1]), lambda i: f"{path.name}:{lines[i][0]}", path.parent)
             if path.suffix != ".txt":
@@ -135,9 +137,17 @@ def _coco(path: Path, data: dict[str, Any]) -> Rows:
 def _csv(path: Path, text: str) -> Rows:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
     places, rows = [], []
-    for row in reader:
-        places.append(f"{path.name}:{reader.line_num}")
-        rows.append({k: v for k, v in row.items() if k and v})
+    with LIMIT:
+        limit = csv.field_size_limit()
+        csv.field_size_limit(max(limit, len(text)))  # a field may be a whole picture
+        try:
+            for row in reader:
+                places.append(f"{path.name}:{reader.line_num}")
+                rows.append({k: v for k, v in row.items() if k and v})
+        except csv.Error as error:
+            raise ValueError(f"path={str(path)!r}: line {reader.line_num} is not {path.suffix[1:].upper()}: {error}; {FORMATS}") from error
+        finally:
+            csv.field_size_limit(limit)
     return _listed(places, rows, path.parent)
 
 

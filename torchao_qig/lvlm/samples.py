@@ -19,6 +19,7 @@ from torchao_qig.lvlm.pictures import BadRow, check, located
 from torchao_qig.lvlm.rows import rows_of
 
 PROMPT = "Describe this image in detail."
+SHOWN = 110  # characters of what is wrong with a row
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,17 @@ class Sample:
 
 @contextmanager
 def called(name: str) -> Iterator[None]:
-    """Errors of `read_samples` speak of this argument, which its `path` came from."""
+    """Errors of `read_samples` speak of this argument, which its `path` came from; plain ones, as others take more than a text."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("path=", f"{name}=", 1)) from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(str(error).replace("path=", f"{name}=", 1)) from error
+
+
+def shortened(detail: str) -> str:
+    """The beginning and the end of what may be a whole file."""
+    return detail if len(detail) <= SHOWN else f"{detail[: SHOWN - 65]} ... {detail[-60:]}"
 
 
 def told(skipped: dict[str, list[str]], shown: int = 3) -> str:
@@ -123,7 +130,7 @@ def read_samples(
                 check(image)
             good.append(Sample(messages, rows.place(i)))
         except BadRow as error:
-            skipped.setdefault(error.reason, []).append(f"{rows.place(i)} ({error.detail})")
+            skipped.setdefault(error.reason, []).append(f"{rows.place(i)} ({shortened(error.detail)})")
     if not good:
         why = told(skipped) or "it is empty"
         raise ValueError(f"path={str(path)!r}: none of its {rows.count} rows is a sample: {why}. A good row: {EXAMPLE}")

@@ -26,4 +26,4 @@ def write(directory: str | os.PathLike[str], output: str | os.PathLike[str] | No
         if (error.name or "").split(".")[0] not in ("PIL", "jinja2", "markupsafe", "matplotlib"):
             raise
         raise ModuleNotFoundError(f'the report needs {error.name}: pip install "torchao_qig[recipes]"', name=error.name) from error
-    return page.write(Path(directory), None if output is None else Path(output))
+    return page.write(Path(directory).expanduser(), None if output is None else Path(output).expanduser())
