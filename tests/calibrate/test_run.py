@@ -249,6 +249,7 @@ def test_ragged_batches() -> None:
         ([{"input_ids": tokens(), "pixels": torch.randn(2, 3)}], ValueError, "pixels"),
         ([{"input_ids": torch.full((1, 3), 99)}], ValueError, "cannot run batch 0"),
         ([("a", "b")], TypeError, "without tensors"),
+        (["what is it?", "who is it?"], TypeError, "got str without tensors"),
         ([{"input_ids": tokens()}, {"input_ids": torch.full((1, 3), 99)}], ValueError, "cannot run batch 1.*out of range"),
     ],
 )
