@@ -49,8 +49,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to place the figures."""
     import torchao
 
-    name = torch.cuda.get_device_name() if device != "cpu" else _cpu_name()
-    isa = torch.backends.cpu.get_cpu_capability()
+    from torchao_qig.lvlm.bench import device_name
+
+    name, isa = device_name(torch.device(device)), torch.backends.cpu.get_cpu_capability()
     return {"date": date.today().isoformat(), "command": "python -m " + " ".join([_module(), *sys.argv[1:]]), "device": name, "cpu_capability": isa,
             "torch": torch.__version__, "torchao": torchao.__version__, "python": platform.python_version()}  # fmt: skip
 
@@ -58,12 +59,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 def _module() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else sys.argv[0]
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def header(columns: Sequence[str]) -> list[str]:

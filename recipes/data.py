@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
 
 from torchao_qig.lvlm.data import Batches, calibration_batches
 from torchao_qig.lvlm.load import load_processor
-from torchao_qig.lvlm.mixes import few_shot, interleaved
+from torchao_qig.lvlm.mixes import few_shot, interleaved, mixed
 from torchao_qig.lvlm.samples import PROMPT, Sample, Samples, read_samples
 
 __all__ = ["Batches", "Sample", "Samples", "calibration_batches", "few_shot", "interleaved", "read_samples"]
@@ -37,11 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.simplefilter("ignore")  # the summary says the same
         read = read_samples(args.calib, args.images, split=args.split, prompt=args.prompt, count=args.count, seed=args.seed)
     print(read.summary())
-    samples: Sequence[Sample] = read
-    if args.few_shot:
-        samples = few_shot(samples, args.few_shot, args.seed)
-    if args.interleaved > 1:
-        samples = interleaved(samples, args.interleaved, args.seed)
+    samples = mixed(read, args.few_shot, args.interleaved, args.seed)
     print(calibration_batches(samples, load_processor(args.model), tokens=args.tokens, max_length=args.max_length).summary())
 
 

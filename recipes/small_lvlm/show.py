@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from recipes.methods import METHODS, calibration_batches
 from recipes.small_lvlm.data import chosen
 from recipes.small_lvlm.model import ROW, inputs, load
-from torchao_qig import Calibration, calibrate
-from torchao_qig.calibrate.result import MODALITIES
+from torchao_qig import calibrate
+from torchao_qig.report.weights import by_modality
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -69,19 +69,6 @@ def gradients(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[s
     return [{kind: float(part.mean() / torch.cat(list(row.values())).mean()) for kind, part in row.items()} for row in rows]
 
 
-def relative(calibration: Calibration) -> dict[str, dict[str, float]]:
-    """For each group: the mean weight of a token of each kind, 1 being what uniform weights give."""
-    result = {}
-    for label in calibration.tokens:
-        found = calibration.token_weights(label)
-        means = {}
-        for kind in KINDS:
-            shares = [w[m == MODALITIES[kind]] * int((m > 0).sum()) for w, m in zip(found.weights, found.modality, strict=True)]
-            means[kind] = float(torch.cat(shares).mean())
-        result[label] = means
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=3)
@@ -120,7 +107,7 @@ def main() -> None:
     figure.savefig(args.output / "gradients.png", dpi=100)
 
     calibration = calibrate(model, data, config)
-    weights = relative(calibration)
+    weights = by_modality(calibration)
     figure, axis = plt.subplots(figsize=(8, 0.3 * len(weights) + 1.5))
     grid = np.array([[row[kind] for kind in KINDS] for row in weights.values()])
     image = axis.imshow(np.log2(grid), cmap="coolwarm", vmin=-2, vmax=2, aspect="auto")

@@ -155,7 +155,7 @@ def test_the_result_is_noted_beside_the_model(tmp_path: Path, monkeypatch: pytes
     asked: list[Any] = []
     result = {"rows": [row("x")], "ratios": {}}
     monkeypatch.setattr(bench, "bench", lambda *a, **k: asked.append((a, k)) or result)
-    monkeypatch.setattr("torchao_qig.lvlm.card.rewrite", asked.append)
+    monkeypatch.setattr("torchao_qig.lvlm.card.text", lambda directory, name: asked.append(directory) or f"about {name}")
     assert bench.run(str(tmp_path), "full", new_tokens=7) == bench_table(result)
     assert asked == [((str(tmp_path), "full"), {"new_tokens": 7})]
     (tmp_path / "qig").mkdir()
@@ -163,3 +163,4 @@ def test_the_result_is_noted_beside_the_model(tmp_path: Path, monkeypatch: pytes
     bench.run(str(tmp_path))
     assert asked[-1] == tmp_path
     assert json.loads((tmp_path / "qig" / "bench.json").read_text()) == result
+    assert (tmp_path / "README.md").read_text() == f"about {tmp_path.name}"

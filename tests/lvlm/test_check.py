@@ -13,9 +13,10 @@ from torchao.quantization import quantize_
 
 from tests.tiny_dirs import directory
 from torchao_qig import PackedIntWeightOnlyConfig, save_pretrained
+from torchao_qig.integrations.transformers import has_packed
 from torchao_qig.lvlm.check import BATCHES, BrokenModel, answer_positions, check, divergence, references, smallest
 from torchao_qig.lvlm.data import Batches, calibration_batches
-from torchao_qig.lvlm.evaluate import answers, batches_of, compare, is_packed, unpacked
+from torchao_qig.lvlm.evaluate import answers, batches_of, compare, unpacked
 from torchao_qig.lvlm.load import load_model, load_processor
 from torchao_qig.lvlm.samples import read_samples
 
@@ -160,8 +161,8 @@ def test_unpacked_weights_say_the_same(tmp_path: Path, stored: str, loaded: str)
     quantize_(model, PackedIntWeightOnlyConfig(bits=3, group_size=64))
     save_pretrained(model, tmp_path / "packed")
     packed, dense = (load_model(str(tmp_path / "packed"), loaded) for _ in range(2))
-    assert is_packed(packed)
-    assert not is_packed(unpacked(dense))
+    assert has_packed(packed)
+    assert not has_packed(unpacked(dense))
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
         assert torch.equal(packed(input_ids=ids).logits, dense(input_ids=ids).logits)

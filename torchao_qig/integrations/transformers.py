@@ -26,13 +26,13 @@ def _is_transformers_model(model: nn.Module) -> bool:
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
-def _has_packed(module: nn.Module) -> bool:
+def has_packed(module: nn.Module) -> bool:
     return any(isinstance(p, PackedIntTensor) for p in module.parameters())
 
 
 def _left_alone(module: nn.Module, name: str = "") -> list[str]:
     """Names of the largest sub-modules that hold linears but nothing packed."""
-    if not _has_packed(module):
+    if not has_packed(module):
         return [name] if any(isinstance(m, nn.Linear) for m in module.modules()) else []
     return [left for child, m in module.named_children() for left in _left_alone(m, f"{name}.{child}" if name else child)]
 
@@ -131,7 +131,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], config:
     """
     if not _is_transformers_model(model):
         raise TypeError(f"model: save_pretrained is for transformers models, got {type(model).__name__}; use torch.save(model.state_dict()) instead")
-    if not _has_packed(model):
+    if not has_packed(model):
         raise ValueError("model: it holds no packed weight; call quantize_(model, config) first, or use model.save_pretrained")
     config = config if config is not None else _description(model)
     if config is None:

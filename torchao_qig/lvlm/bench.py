@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from torchao_qig import PackedIntTensor
 from torchao_qig.lvlm import card, serve
-from torchao_qig.lvlm.load import WEIGHT_FILES, load_model, load_processor
+from torchao_qig.lvlm.load import bytes_on_disk, load_model, load_processor
 
 RATIOS = ("decode_tokens_per_second", "prefill_tokens_per_second", "first_token_seconds", "bytes_on_disk", "peak_bytes")
 FILLER = "Look at it again. "
@@ -50,18 +50,21 @@ def peak_bytes(device: torch.device) -> int:
     return kib * 1024 if kib is not None else used * (1 if sys.platform == "darwin" else 1024)
 
 
+def device_name(device: torch.device) -> str:
+    if device.type != "cpu":
+        return str(torch.get_device_module(device).get_device_name(device))
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What a reader needs to place the figures."""
     import torchao
     import transformers
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    if device.type != "cpu":
-        name = torch.get_device_module(device).get_device_name(device)
     versions = {"torch": torch.__version__, "torchao": torchao.__version__, "transformers": transformers.__version__}
-    return {"device": name, "threads": torch.get_num_threads(), "system": platform.system(), "python": platform.python_version(), **versions}
+    return {"device": device_name(device), "threads": torch.get_num_threads(), "system": platform.system(), "python": platform.python_version(), **versions}
 
 
 def prompt_inputs(model: nn.Module, processor: Any, image: Any, tokens: int) -> dict[str, Tensor]:
@@ -211,10 +214,9 @@ def bench(
     rows = []
     for i, (path, _) in enumerate(wanted):
         first, decode = (statistics.median(r[i][key] for r in rounds) for key in ("first_token_seconds", "decode_tokens_per_second"))
-        size = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in path.glob(pattern))
         rows.append({
-            "name": path.resolve().name, **{k: v for k, v in facts[i].items() if k != "machine"}, "bytes_on_disk": size, "first_token_seconds": first,
-            "prefill_tokens_per_second": facts[i]["prompt_tokens"] / first, "decode_tokens_per_second": decode, **peaks[i],
+            "name": path.resolve().name, **{k: v for k, v in facts[i].items() if k != "machine"}, "bytes_on_disk": bytes_on_disk(path),
+            "first_token_seconds": first, "prefill_tokens_per_second": facts[i]["prompt_tokens"] / first, "decode_tokens_per_second": decode, **peaks[i],
         })  # fmt: skip
     ratios = {key: rows[0][key] / rows[1][key] if rows[1][key] else math.nan for key in RATIOS} if len(rows) > 1 else {}
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -225,10 +227,7 @@ def bench(
 def run(model: str, against: str | None = None, **options: Any) -> str:
     """Measure, note it beside a model that `quantize` wrote (qig/bench.json, the card), and return the table."""
     found = bench(model, against, **options)
-    notes = Path(model).expanduser() / "qig"
-    if (notes / "receipt.json").exists():
-        (notes / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
-        card.rewrite(Path(model).expanduser())
+    card.note(model, "bench.json", found)
     return card.bench_table(found)
 
 

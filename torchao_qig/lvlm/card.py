@@ -111,6 +111,9 @@ Left as they were:
 """
 
 
-def rewrite(directory: Path) -> None:
-    """After something new has been measured."""
-    (directory / "README.md").write_text(text(directory, directory.name))
+def note(model: str, file: str, found: dict[str, Any]) -> None:
+    """Keep what was measured beside a model that `quantize` wrote, and bring its card up to date."""
+    directory = Path(model).expanduser()
+    if (directory / "qig" / "receipt.json").exists():
+        (directory / "qig" / file).write_text(json.dumps(found, indent=1, default=float) + "\n")
+        (directory / "README.md").write_text(text(directory, directory.name))

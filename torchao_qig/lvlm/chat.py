@@ -96,11 +96,18 @@ class Chat:
                 return dict(self.processor.apply_chat_template(shaped, padding=True, tokenizer_kwargs={"padding_side": SIDE}, **common))
             return dict(self.processor.apply_chat_template(shaped, padding=True, padding_side=SIDE, **common))
 
-    def _process(self, texts: list[str], images: list[list[Any]]) -> Any:
+    def prompts(self, chats: list[Messages]) -> dict[str, Any]:
+        """What the model takes to answer these chats, padded on the left: up to where the answers begin."""
+        for messages in chats:
+            self.find_place(messages)
+        with _padding(self.tokenizer):
+            return dict(self._process([self.text(chat, prompt=True) for chat in chats], [pictures_of(chat) for chat in chats], "left"))
+
+    def _process(self, texts: list[str], images: list[list[Any]], side: str = SIDE) -> Any:
         begins = self.tokenizer.bos_token
         options = {"add_special_tokens": False} if begins and texts[0].startswith(begins) else {}
         pictures = {"images": images} if any(images) else {}
-        return self.processor(text=texts, **pictures, return_tensors="pt", padding=True, padding_side=SIDE, **options)
+        return self.processor(text=texts, **pictures, return_tensors="pt", padding=True, padding_side=side, **options)
 
     def find_place(self, messages: Messages) -> None:
         """Chooses, for plain text, the token that this processor takes for a picture: the first that it accepts."""

@@ -7,10 +7,9 @@ texts without answers all tokens count, and there is no accuracy. Intervals are 
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchao_qig import PackedIntTensor
+from torchao_qig.integrations.transformers import has_packed
 from torchao_qig.lvlm import card
 from torchao_qig.lvlm.check import answer_positions, log_probabilities
 from torchao_qig.lvlm.data import IGNORED, calibration_batches
-from torchao_qig.lvlm.load import WEIGHT_FILES, device_of, load_model, load_processor
+from torchao_qig.lvlm.load import bytes_on_disk, device_of, load_model, load_processor
 from torchao_qig.lvlm.samples import Samples, called, read_samples
 
 RESAMPLES = 2000
@@ -101,38 +101,35 @@ def run(
     """Measure, note it beside the model (qig/evaluation.json, qig/tasks.json, the card), and return it as tables."""
     if not data and not tasks:
         raise ValueError("data: nothing to evaluate on; pass --data with questions and answers, or --tasks with lmms-eval's")
-    processor, tables = load_processor(model), []
-    place = device_of(device)
-    if data:
+    processor, place, read = load_processor(model), device_of(device), None
+    if data:  # what is wrong with it is known before weights are loaded
         with called("data"):
             read = read_samples(data, images, split=split, count=samples, seed=seed)
-        sources = {"full precision": reference} if reference is not None else {}
-        given = load_model(model, dtype, device=place)
-        sources["quantized" if is_packed(given) else "as given"] = model
+    given = load_model(model, dtype, device=place)
+    about = {"command": shlex.join(["torchao-qig", *sys.argv[1:]]), "date": date.today().isoformat()}
+    tables = []
+    if read is not None:
+        sources = ({"full precision": reference} if reference is not None else {}) | {"quantized" if has_packed(given) else "as given": model}
         models = {name: load_model(source, dtype, device=place) if source != model else given for name, source in sources.items()}
         found = compare(models, batches_of(read, processor))
-        rows = [{"name": name, "bytes": bytes_on_disk(sources[name], models[name]), **figures} for name, figures in found.items()]
-        tables.append(_note(model, "evaluation.json", {"rows": rows, "data": data}, card.evaluation_table))
-        del models, given
+        rows = [{"name": name, "bytes": _size(sources[name], models[name]), **figures} for name, figures in found.items()]
+        evaluation = {"rows": rows, "data": data, **about}
+        card.note(model, "evaluation.json", evaluation)
+        tables.append(card.evaluation_table(evaluation))
+        del models
     if tasks:
         from torchao_qig.lvlm import harness
 
-        loaded = load_model(model, dtype, device=place)
-        answering = loaded if keep_packed else unpacked(loaded)
-        tables.append(_note(model, "tasks.json", {"tasks": harness.run(answering, processor, tasks, include, samples)}, card.tasks_table))
+        answered = {"tasks": harness.run(given if keep_packed else unpacked(given), processor, tasks, include, samples), **about}
+        card.note(model, "tasks.json", answered)
+        tables.append(card.tasks_table(answered))
     return "\n\n".join(tables)
 
 
-def is_packed(model: nn.Module) -> bool:
-    return any(isinstance(p, PackedIntTensor) for p in model.parameters())
-
-
-def bytes_on_disk(source: str, model: nn.Module) -> int:
+def _size(source: str, model: nn.Module) -> int:
     """Of the weight files; where they lie elsewhere, of the weights as they were loaded."""
-    files = [file for pattern in WEIGHT_FILES for file in Path(source).expanduser().glob(pattern)]
-    if files:
-        return sum(file.stat().st_size for file in files)
-    return sum(p.nbytes_packed() if isinstance(p, PackedIntTensor) else p.numel() * p.element_size() for p in model.parameters())
+    stored = bytes_on_disk(Path(source).expanduser())
+    return stored or sum(p.nbytes_packed() if isinstance(p, PackedIntTensor) else p.numel() * p.element_size() for p in model.parameters())
 
 
 def unpacked(model: nn.Module) -> nn.Module:
@@ -143,13 +140,3 @@ def unpacked(model: nn.Module) -> nn.Module:
         if isinstance(weight, PackedIntTensor) and not weight.int8_activations and weight.act_pre_scale is None:
             module.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
     return model
-
-
-def _note(model: str, file: str, found: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> str:
-    """Keep a result beside a model that `quantize` wrote; its table."""
-    found |= {"command": shlex.join(["torchao-qig", *sys.argv[1:]]), "date": date.today().isoformat()}
-    directory = Path(model).expanduser()
-    if (directory / "qig" / "receipt.json").exists():
-        (directory / "qig" / file).write_text(json.dumps(found, indent=1, default=float) + "\n")
-        card.rewrite(directory)
-    return table(found)

@@ -9,8 +9,7 @@ length (`max_new_tokens`) and stops (`until`) holds. Needs lmms-eval: pip instal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,31 +33,11 @@ def from_processor(processor: Any) -> Prepare:
     chat = Chat(processor)
 
     def prepare(chats: list[Messages]) -> dict[str, Tensor]:
-        images = [pictures_of(messages) for messages in chats]
-        if any(images) and not chat.sees:
+        if any(map(pictures_of, chats)) and not chat.sees:
             raise ValueError(f"tasks: they show pictures, and {type(processor).__name__} takes none; pass tasks of text alone")
-        for messages in chats:
-            chat.find_place(messages)
-        texts = [chat.text(messages, prompt=True) for messages in chats]
-        begins = chat.tokenizer.bos_token
-        options: dict[str, Any] = {"images": images} if any(images) else {}
-        if begins and texts[0].startswith(begins):
-            options["add_special_tokens"] = False  # the template has written them
-        with _left(chat.tokenizer):
-            return dict(processor(text=texts, return_tensors="pt", padding=True, **options))
+        return chat.prompts(chats)
 
     return prepare
-
-
-@contextmanager
-def _left(tokenizer: Any) -> Iterator[None]:
-    """Padding before the text, with the last token where the tokenizer has none for it; afterwards as it was."""
-    before = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-    try:
-        yield
-    finally:
-        tokenizer.padding_side, tokenizer.pad_token = before
 
 
 def messages_of(task_messages: list[dict[str, Any]]) -> Messages:

@@ -46,7 +46,7 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def _dtype(name: str) -> Any:
+def dtype_of(name: str) -> Any:
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r}: pass one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -76,7 +76,7 @@ def auto_class(config: Any) -> Any:
 def load_model(name: str, dtype: str = "auto", revision: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """The model in eval mode. It is loaded on the CPU and moved, so that no extra package is needed."""
     auto = auto_class(load_config(name, revision))
-    options = dict(dtype=_dtype(dtype), revision=revision, output_loading_info=True)
+    options = dict(dtype=dtype_of(dtype), revision=revision, output_loading_info=True)
     model, found = _tried(name, lambda path: auto.from_pretrained(path, **options), "weights")
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
@@ -89,9 +89,14 @@ def shape_of(name: str, dtype: str = "auto", revision: str | None = None) -> nn.
     config = load_config(name, revision)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"model={name!r}: quantized already; pass the full-precision model")
-    wanted = _dtype(dtype) if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    wanted = dtype_of(dtype) if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         return auto_class(config).from_config(config, dtype=wanted).eval()
+
+
+def bytes_on_disk(directory: Path) -> int:
+    """Of a checkpoint's weight files; 0 where there are none."""
+    return sum(file.stat().st_size for pattern in WEIGHT_FILES for file in directory.glob(pattern))
 
 
 def images_only(processor_class: Any) -> Any:

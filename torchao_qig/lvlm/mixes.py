@@ -56,3 +56,9 @@ def _sequence(group: list[Sample]) -> Sample:
         first, rest = {"role": "user", "content": []}, [first, *rest]
     opening = [{**first, "content": before + first["content"]}] if before or first["content"] else []
     return Sample([*system, *opening, *rest], " + ".join(sample.source for sample in group))
+
+
+def mixed(samples: Sequence[Sample], shots: int, per_sample: int, seed: int = 0) -> Sequence[Sample]:
+    """As a recipe asks for them: 0 shots and 1 per sample leave them as they are."""
+    samples = few_shot(samples, shots, seed) if shots else samples
+    return interleaved(samples, per_sample, seed) if per_sample > 1 else samples

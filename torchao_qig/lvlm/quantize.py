@@ -36,7 +36,7 @@ from torchao_qig.lvlm import card, explain, recipe
 from torchao_qig.lvlm.check import BrokenModel, check, divergence, references, smallest
 from torchao_qig.lvlm.data import Batches, calibration_batches
 from torchao_qig.lvlm.load import load_model, load_processor, save_processor
-from torchao_qig.lvlm.mixes import few_shot, interleaved
+from torchao_qig.lvlm.mixes import mixed
 from torchao_qig.lvlm.samples import Sample, Samples, called, read_samples
 
 Say = Callable[[str], None]
@@ -82,9 +82,7 @@ def samples_of(wanted: recipe.Recipe) -> tuple[Sequence[Sample], Samples]:
     prompt = {"prompt": wanted.prompt} if wanted.prompt else {}
     with called("calib"):
         found = read_samples(wanted.calib, wanted.images, split=wanted.split, count=wanted.samples * wanted.interleaved, seed=wanted.seed, **prompt)
-    if wanted.few_shot:
-        return few_shot(found, wanted.few_shot, wanted.seed), found
-    return interleaved(found, wanted.interleaved, wanted.seed) if wanted.interleaved > 1 else found, found
+    return mixed(found, wanted.few_shot, wanted.interleaved, wanted.seed), found
 
 
 def prepared(wanted: recipe.Recipe, say: Say) -> tuple[Any, Sequence[Sample], Batches, dict[str, int]]:

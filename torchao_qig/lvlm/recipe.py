@@ -16,11 +16,10 @@ import torch
 import yaml
 
 from torchao_qig.config import RUNTIME, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
-from torchao_qig.lvlm.load import device_of
+from torchao_qig.lvlm.load import DTYPES, device_of, dtype_of
 
 FIXED = {"version", "base_config", "pre_scaled", "dtype", *RUNTIME} - {"compute_dtype", "micro_batch", "max_host_memory"}  # not said by recipes
 TEXTS = {"model", "output", "calib", "images", "split", "revision", "prompt", "dtype", "device"}
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -69,8 +68,7 @@ class Recipe:
                 raise ValueError(f"{name}={value!r}: pass an integer of at least {least}")
         if isinstance(self.max_kl, bool) or not isinstance(self.max_kl, (int, float)):
             raise ValueError(f"max_kl={self.max_kl!r}: pass a number, .inf for no limit")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}: pass one of {', '.join(DTYPES)}")
+        dtype_of(self.dtype)
         if self.few_shot and self.interleaved > 1:
             raise ValueError(f"few_shot={self.few_shot}, interleaved={self.interleaved}: pass one of them")
         for name in sorted(TEXTS):
@@ -92,8 +90,9 @@ class Recipe:
         made = QIGInt8DynamicActivationConfig if self.int8_activations else QIGWeightOnlyConfig
         settings: dict[str, Any] = dict(self.settings)
         if isinstance(settings.get("compute_dtype"), str):
-            _choice("compute_dtype", settings["compute_dtype"], DTYPES[1:])
-            settings["compute_dtype"] = getattr(torch, settings["compute_dtype"])
+            if settings["compute_dtype"] not in (computed := [name for name in DTYPES if name != "auto"]):
+                raise ValueError(f"compute_dtype={settings['compute_dtype']!r}: pass one of {', '.join(computed)}")
+            settings["compute_dtype"] = DTYPES[settings["compute_dtype"]]
         if self.device is not None:
             settings["device"] = self.device
         return made(**settings, **runtime)
@@ -118,11 +117,6 @@ def _number(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: pass one of {', '.join(choices)}")
 
 
 def keys(int8_activations: bool = False) -> list[str]:
