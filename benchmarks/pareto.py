@@ -2,6 +2,8 @@
 
     python -m benchmarks.pareto [--budgets 2.5 3 3.25 3.5 4] [--seeds 3] [--pictures 1000] [--method default]
 
+    python -m benchmarks.pareto --blocks          only: which blocks "auto" leaves at full precision
+
 "uniform" at 3.25 gives 4 bits to every fourth weight's linear, evenly over the decoder, and 3 to the rest. Both are calibrated and
 rounded by the same method. Protocol and cache as in benchmarks/accuracy.py; writes results/pareto.json, .md and .png.
 """
@@ -20,7 +22,9 @@ from torch import nn
 from benchmarks.accuracy import Bench, averaged, percent, row
 from benchmarks.timing import RESULTS, header, machine, store
 from recipes.evaluate import difference, scores
-from recipes.methods import METHODS
+from recipes.methods import METHODS, calibration_batches
+from recipes.small_lvlm.model import load
+from torchao_qig import QIGWeightOnlyConfig, calibrate
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -40,6 +44,14 @@ def evenly(model: nn.Module, budget: float) -> int | dict[str, int]:
         spent += size * more
         bits[name] = low + more
     return bits
+
+
+def blocks_left(full: nn.Module, tokenizer: Any, budget: float, seed: int) -> list[str]:
+    """The decoder's blocks of which "auto" quantizes nothing."""
+    config = QIGWeightOnlyConfig(bits="auto", budget=budget, group_size=128, compensate=False, sensitivity=None, verbose=False)  # chooses bits, nothing else
+    grids = calibrate(full, calibration_batches(tokenizer, seed=seed), config).grids
+    layers = "model.language_model.layers"
+    return [n for n, _ in full.get_submodule(layers).named_children() if not any(name.startswith(f"{layers}.{n}.") for name in grids)]
 
 
 def drawn(result: dict[str, Any], path: Path) -> None:
@@ -79,7 +91,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--method", default="default", choices=list(METHODS))
+    parser.add_argument("--blocks", action="store_true")
     args = parser.parse_args()
+    if args.blocks:
+        tokenizer, full = load()
+        for budget in args.budgets:
+            print(f"{budget:g} bits: blocks left, by seed: {[blocks_left(full, tokenizer, budget, seed) for seed in range(args.seeds)]}", flush=True)
+        return
     bench = Bench(args.pictures)
     result: dict[str, Any] = {**machine(), "threads": torch.get_num_threads(), "method": args.method, "full precision": scores(bench.base), "rows": []}
     found = {}

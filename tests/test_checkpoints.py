@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import torchao_qig
 from tests.tiny_models import VLMS, qwen2
-from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig
+from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
 
 transformers_logging.disable_progress_bar()
 CONFIG = PackedIntWeightOnlyConfig(bits=3, group_size=64)
@@ -255,3 +256,35 @@ def test_save_refuses_what_it_cannot_save(model: Callable[[], Any], error: type[
     with pytest.raises(error, match=words):
         torchao_qig.save_pretrained(model(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+SCALED = partial(QIGWeightOnlyConfig, bits=3, group_size=32, grid=6, compensate=False, verbose=False)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        lambda c: {r"re:model\.layers\..*": c},
+        lambda c: {"_default": c, "lm_head": None},
+        lambda c: {"model.layers.0.self_attn.o_proj": c, r"re:model\.layers\.1\..*": c},
+        lambda c: {r"re:.*mlp\..*": PackedIntWeightOnlyConfig(bits=4, group_size=32), r"re:.*self_attn\..*": c, "lm_head": None},
+        lambda c: {r"re:.*self_attn\..*": c, r"re:.*mlp\..*": SCALED(bits=4, calib=c.calib)},
+    ],
+)
+@pytest.mark.parametrize("save", [plain_save, torchao_qig.save_pretrained])
+def test_configs_by_name_say_which_weights_are_pre_scaled(entries: Callable[[Any], dict[str, Any]], save: Callable[..., None], tmp_path: Path) -> None:
+    """Of the linears of one entry some have an act_pre_scale: the loaded model has it where it was, and the same logits; saved again, too."""
+    model, inputs = qwen2()
+    quantize_(model, FqnToConfig(entries(SCALED(calib=[inputs]))), filter_fn=None)
+    scaled = {n: p.act_pre_scale is not None for n, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
+    assert set(scaled.values()) == {True, False}
+    described = model.config.quantization_config.quant_type.fqn_to_config
+    for name, with_scale in scaled.items():
+        exact = described.get(name.removesuffix(".weight"))
+        assert exact is None or getattr(exact, "pre_scaled", False) == with_scale
+    save(model, tmp_path / "a")
+    loaded = Qwen2ForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert {n: p.act_pre_scale is not None for n, p in loaded.named_parameters() if isinstance(p, PackedIntTensor)} == scaled
+    assert_same_model(loaded, model, inputs)
+    torchao_qig.save_pretrained(loaded, tmp_path / "b")
+    assert_same_model(Qwen2ForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32), model, inputs)

@@ -82,13 +82,6 @@ def test_assignments_are_torchaos_own(heard: Heard) -> None:
     assert compared > 250
 
 
-def test_config_classes_are_ordinary_keys() -> None:
-    """The metaclass only listens: hashing and equality are those of classes."""
-    assert hash(PackedIntWeightOnlyConfig) == hash(PackedIntWeightOnlyConfig)
-    assert {PackedIntWeightOnlyConfig: 1}[PackedIntWeightOnlyConfig] == 1
-    assert len({PackedIntWeightOnlyConfig, FqnToConfig}) == 2
-
-
 def test_registration_is_idempotent() -> None:
     """Once in each table, however often the package is imported."""
     from torchao_qig import PackedIntTensor

@@ -78,7 +78,7 @@ def test_defaults() -> None:
     """Integers are chosen, without scales; scales by QIG where integers are not ours to choose, or on request."""
     assert (QIGWeightOnlyConfig().compensate, QIGWeightOnlyConfig().sensitivity) == (True, None)
     for config in (QIGWeightOnlyConfig(compensate=False), QIGWeightOnlyConfig(base_config=Int8WeightOnlyConfig()), QIGWeightOnlyConfig.paper()):
-        assert (config.compensate, config.sensitivity) == (False, "qig")
+        assert (config.compensates, config.weighting) == (False, "qig")
     assert QIGWeightOnlyConfig(sensitivity="qig").compensate
     assert QIGWeightOnlyConfig(sensitivity="uniform", compensate=False).sensitivity == "uniform"
 

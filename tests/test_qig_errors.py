@@ -1,17 +1,21 @@
 """`quantize_(model, QIGWeightOnlyConfig(...))`: errors name what to do and leave the model whole."""
 
 import copy
+import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, quantize_
 
 import torchao_qig
 from tests.test_qig import QUICK, assert_whole, packed, plain
 from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
+from torchao_qig.lvlm.recipe import recipe
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ def _nan(model: nn.Module) -> None:
     ("call", "error", "message"),
     [
         (lambda m, i: quantize_(m, QUICK(step="convert")), RuntimeError, "nothing was recorded"),
-        (lambda m, i: quantize_(m, QUICK(calib=[i]), filter_fn=lambda m, n: False), ValueError, "nothing to quantize"),
+        (lambda m, i: torchao_qig.calibrate(m, [i], QUICK(), lambda m, n: False), ValueError, "nothing to quantize"),
         (lambda m, i: quantize_(m, QUICK(calib=[i]), filter_fn=lambda m, n: n == "head"), ValueError, "modules="),
         (lambda m, i: quantize_(m, QUICK(calib=[i], group_size=48)), ValueError, "group_size=48 does not divide"),
         (lambda m, i: quantize_(m, QUICK(calib=[i], model=nn.Linear(2, 2))), ValueError, "does not contain the modules"),
@@ -114,7 +118,52 @@ def test_calibration_of_another_model() -> None:
 
 
 def test_handler_called_directly() -> None:
-    from torchao_qig.workflow import qig_weight_only
+    from torchao_qig.workflow import quantize_module
 
     with pytest.raises(RuntimeError, match=r"torchao_qig\.calibrate"):
-        qig_weight_only(nn.Linear(32, 32), QUICK(calib=[torch.ones(1, 32)]))
+        quantize_module(nn.Linear(32, 32), QUICK(calib=[torch.ones(1, 32)]))
+
+
+def test_two_methods_in_one_call() -> None:
+    """One call calibrates in one way: what differs is named, whichever comes first; forms may differ."""
+    model, inputs = plain()
+    before, loader = copy.deepcopy(model.state_dict()), [inputs]
+    scales, integers = QUICK(calib=loader), QUICK(calib=loader, compensate=True, sensitivity=None)
+    for first, second in ((scales, integers), (integers, scales)):
+        with pytest.raises(ValueError, match=r"compensate=(True|False) for blocks\.0\.attention\.q, (True|False) for blocks\.0\.mlp\.gate"):
+            quantize_(model, FqnToConfig({r"re:.*attention\.[qkvo]": first, r"re:.*mlp\..*": second}), filter_fn=None)
+        assert_whole(model, before)
+    with pytest.raises(ValueError, match=r"calib: blocks\.0\.attention\.q and blocks\.0\.mlp\.gate have different ones"):
+        quantize_(model, FqnToConfig({r"re:.*attention\.[qkvo]": scales, r"re:.*mlp\..*": QUICK(calib=[inputs])}), filter_fn=None)
+    with pytest.raises(ValueError, match="micro_batch: "):
+        quantize_(model, FqnToConfig({r"re:.*attention\.[qkvo]": scales, r"re:.*mlp\..*": QUICK(calib=loader, micro_batch=1)}), filter_fn=None)
+    assert_whole(model, before)
+    quantize_(model, FqnToConfig({r"re:.*attention\.[qkvo]": QUICK(bits=4), r"re:.*mlp\..*": QUICK(bits=2, calib=loader)}), filter_fn=None)
+    assert {w.bits for n, w in packed(model).items() if "attention" in n} == {4}
+
+
+# Configs as values
+
+
+def test_what_is_asked_is_stored_what_it_means_is_resolved_on_use() -> None:
+    """replace() of a config, and a recipe written out in full, mean what the constructor means."""
+    asked = QIGWeightOnlyConfig(compensate=False)
+    replaced = dataclasses.replace(QIGWeightOnlyConfig(), compensate=False)
+    assert replaced == asked
+    assert (replaced.weighting, replaced.equalizes, replaced.rounds) == ("qig", True, False)
+    back = dataclasses.replace(replaced, compensate=None)
+    assert (back.weighting, back.compensates) == (None, True)
+    settings = recipe({"bits": 3, "model": "m"}).resolved()
+    again = recipe(settings, {"compensate": False}).config()
+    assert (again.weighting, again.rounds) == ("qig", False)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(replaced)))) == asked
+
+
+def test_configs_with_loaders_can_be_compared_and_shown() -> None:
+    """Data is no part of what a config is."""
+    loaders = [[{"input_ids": torch.zeros(8, 100)} for _ in range(100)] for _ in range(2)]
+    one, other = (QIGWeightOnlyConfig(calib=loader, model=nn.Linear(2, 2)) for loader in loaders)
+    assert one == other
+    assert one != QIGWeightOnlyConfig(bits=2, calib=loaders[0])
+    assert len(repr(one)) < 1000
+    assert "tensor" not in repr(one)

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchao.prototype.awq import AWQConfig
-from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 import torchao_qig.integrations.vllm as plugin
+from tests.tiny_models import qwen2
 from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -166,6 +167,20 @@ def test_bits_of_single_linears() -> None:
     assert method(FqnToConfig(bits), "language_model.model.layers.0.self_attn.qkv_proj", mapped=True).quant_config.torchao_config == three
     assert method(FqnToConfig(bits), "language_model.model.layers.0.mlp.down_proj", mapped=True).quant_config.torchao_config == five
     assert method(FqnToConfig(bits), "language_model.model.layers.0.mlp.gate_up_proj", mapped=True) == "unquantized"
+
+
+@pytest.mark.usefixtures("vllm")
+def test_pre_scaled_of_single_linears() -> None:
+    """What quantize_ with configs by name writes into config.json: a linear with an act_pre_scale is made with one, the others without."""
+    model, inputs = qwen2()
+    config = QIGWeightOnlyConfig(bits=3, group_size=32, grid=6, compensate=False, calib=[inputs], verbose=False)
+    quantize_(model, FqnToConfig({r"re:model\.layers\..*": config}), filter_fn=None)
+    described = model.config.quantization_config.quant_type
+    for name in ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+        last = "q_proj" if "qkv" in name else "gate_proj" if "gate" in name else name.split(".")[1]
+        weight = model.model.layers[1].get_submodule(f"{name.split('.')[0]}.{last}").weight
+        made = method(described, f"model.layers.1.{name}").quant_config.torchao_config
+        assert made.pre_scaled == (weight.act_pre_scale is not None)
 
 
 @pytest.mark.usefixtures("vllm")

@@ -77,7 +77,7 @@ def test_defaults() -> None:
     """Four bits, a scale per row; integers chosen as for weights alone, and scales where integers are not ours."""
     config = QIGInt8DynamicActivationConfig()
     assert (config.bits, config.group_size, config.symmetric) == (4, -1, True)
-    assert (config.compensate, config.sensitivity) == (True, None)
+    assert (config.compensates, config.weighting) == (True, None)
     assert QIGInt8DynamicActivationConfig(compensate=False).sensitivity == "qig"
     assert QIGInt8DynamicActivationConfig(smoothquant=0.5, compensate=False).sensitivity is None
     paper = QIGInt8DynamicActivationConfig.paper()

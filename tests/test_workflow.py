@@ -5,16 +5,18 @@ import gc
 import json
 import multiprocessing
 import pickle
+import weakref
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 from torchao.core.config import config_from_dict, config_to_dict
-from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quant_api, quantize_
 
-from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig
+from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
 
 
 class Tied(nn.Module):
@@ -160,8 +162,6 @@ def test_second_call_leaves_packed_weights() -> None:
 @pytest.mark.parametrize(
     ("model", "kwargs", "words"),
     [
-        (lambda: nn.Sequential(nn.ReLU()), {}, "matched no linear of Sequential"),
-        (lambda: mlp(64, 64), {"filter_fn": lambda m, name: False}, "matched no linear"),
         (lambda: mlp(50, 60, 50), {}, "group_size"),
         (lambda: nn.Sequential(Tied()), {"filter_fn": lambda m, name: name == "0.head"}, "share their weight"),
     ],
@@ -170,6 +170,102 @@ def test_nothing_to_quantize_is_an_error(model: Callable[[], nn.Module], kwargs:
     """torchao itself would return silently."""
     with pytest.raises(ValueError, match=f"nothing to quantize.*{words}"):
         quantize_(model(), cfg(), **kwargs)
+
+
+@pytest.mark.parametrize(("model", "kwargs"), [(lambda: nn.Sequential(nn.ReLU()), {}), (lambda: mlp(64, 64), {"filter_fn": lambda m, name: False})])
+def test_no_match_is_what_it_is_for_torchaos_configs(model: Callable[[], nn.Module], kwargs: dict) -> None:
+    """torchao calls nobody then: nothing happens."""
+    ours, theirs = model(), model()
+    quantize_(ours, cfg(), **kwargs)
+    quantize_(theirs, Int8WeightOnlyConfig(), **kwargs)
+    assert packed_names(ours) == set()
+    assert all(type(p) is nn.Parameter for m in (ours, theirs) for p in m.parameters())
+
+
+def test_filter_with_a_state_is_asked_once() -> None:
+    """As by torchao itself, which asks it about each module once: the first two linears, every second linear."""
+
+    def first(count: int) -> Callable[[nn.Module, str], bool]:
+        left = [count]
+
+        def choose(module: nn.Module, name: str) -> bool:
+            left[0] -= isinstance(module, nn.Linear)
+            return isinstance(module, nn.Linear) and left[0] >= 0
+
+        return choose
+
+    def every_second() -> Callable[[nn.Module, str], bool]:
+        asked = [0]
+
+        def choose(module: nn.Module, name: str) -> bool:
+            asked[0] += 1
+            return isinstance(module, nn.Linear) and asked[0] % 2 == 0
+
+        return choose
+
+    for made in (partial(first, 2), partial(first, 1), every_second):
+        ours, theirs = (nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))) for _ in range(2))
+        quantize_(ours, cfg(), filter_fn=made())
+        quantize_(theirs, Int8WeightOnlyConfig(), filter_fn=made())
+        assert packed_names(ours) == {n.removesuffix(".weight") for n, p in theirs.named_parameters() if type(p.data) is not torch.Tensor} != set()
+
+
+class Deferring(dict):
+    """A table of handlers whose look-up lies in another function, as in a torchao that checks or defers it."""
+
+    def __getitem__(self, key: type) -> Callable[..., nn.Module]:
+        return dict.__getitem__(self, key)
+
+
+def test_handlers_may_be_looked_up_by_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant_api, "_QUANTIZE_CONFIG_HANDLER", Deferring(quant_api._QUANTIZE_CONFIG_HANDLER))
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    quantize_(model, QIGWeightOnlyConfig(bits=3, group_size=32, calib=[torch.randn(8, 64)], verbose=False))
+    assert packed_names(model) == {"0", "2"}
+
+
+def test_a_module_that_is_not_done_is_an_error() -> None:
+    """Whatever undoes what the first handler has done does not go by in silence."""
+    model = mlp(64, 64, 64)
+
+    def meddling(module: nn.Module, name: str) -> bool:
+        if name == "1" and isinstance(model[0].weight, PackedIntTensor):
+            model[1].weight = nn.Parameter(torch.randn(64, 64))
+        return isinstance(module, nn.Linear)
+
+    with pytest.raises(RuntimeError, match="is not any more"):
+        quantize_(model, cfg(), filter_fn=meddling)
+
+
+def test_calls_do_not_know_of_each_other() -> None:
+    """From the same line, with the same config and model: the second finds new work; nothing keeps the model afterwards."""
+    config, model = cfg(), mlp(64, 64, 64)
+    for chosen in ("0", "1"):
+        quantize_(model, config, filter_fn=lambda m, name, chosen=chosen: name == chosen)
+    assert packed_names(model) == {"0", "1"}
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_time_grows_with_the_number_of_linears() -> None:
+    """In calls of functions, of a transformers model, which is described for its save_pretrained: four times the linears, four times the calls."""
+    import cProfile
+
+    import transformers
+
+    def calls(layers: int) -> int:
+        sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, vocab_size=32)
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(num_hidden_layers=layers, **sizes)).eval()
+        profile = cProfile.Profile()
+        profile.enable()
+        quantize_(model, cfg())
+        profile.disable()
+        return sum(entry.callcount for entry in profile.getstats())
+
+    few, many = calls(8), calls(32)
+    assert many < 4.5 * few
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -3,15 +3,14 @@
 - `register`: torchao's name tables, so that configs and packed tensors go through JSON and safetensors.
 - `find_quantize_call`: what `torchao.quantize_` is walking. It hands a handler one module and the config, nothing else; the
   model and the filter lie in its own frame, which is found by torchao's code objects, not by names of ours.
-- `AnnouncedConfig`: a config class that hears of the call before the first module is touched, even if none will match.
 """
 
 import inspect
 import sys
-from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -40,7 +39,10 @@ except (ImportError, AttributeError) as error:
         " install that, or a torchao_qig that supports yours."
     ) from error
 
-__all__ = ["INT8_DYNAMIC_CONFIGS", "AnnouncedConfig", "QuantizeCall", "find_quantize_call", "quantized_weight", "register", "register_quantize_module_handler"]
+__all__ = [
+    "INT8_DYNAMIC_CONFIGS", "FqnToConfig", "OurConfig", "QuantizeCall", "find_quantize_call", "quantized_weight", "register",
+    "register_quantize_module_handler", "stacklevel",
+]  # fmt: skip
 
 
 def register(tensor_class: type) -> None:
@@ -60,6 +62,10 @@ def quantized_weight(weight: Tensor, config: Any) -> Tensor:
     return holder[0].weight.detach()
 
 
+class OurConfig(AOBaseConfig):
+    """Base of this package's configs: handlers and loaders know them by it."""
+
+
 class Assignment(NamedTuple):
     """torchao will apply `config` to `module`'s parameter."""
 
@@ -71,23 +77,27 @@ class Assignment(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizeCall:
-    """A running `torchao.quantize_(model, config, filter_fn)`."""
+    """A running `torchao.quantize_(model, config, filter_fn)`. `notes` live as long as it runs."""
 
     model: nn.Module
     config: Any
     filter_fn: Callable[[nn.Module, str], bool] | None
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def names_modules(self) -> bool:
         """Whether the config says which module gets what (FqnToConfig), instead of a filter."""
         return isinstance(self.config, FqnToConfig)
 
-    def assignments(self) -> Iterator[Assignment]:
-        """All that torchao will hand to handlers, in its order."""
+    def assignments(self, start: nn.Module | None = None) -> Iterator[Assignment]:
+        """All that torchao will hand to handlers, in its order.
+
+        `start`: the first module that the filter has matched. What lies before it has been asked about, and is not asked again: a filter may count.
+        """
         if self.names_modules:
             yield from self._by_name()
         else:
-            for fqn, module in _matches(self.model, self.filter_fn or quant_api._is_linear, ""):
+            for fqn, module in _matches(self.model, self.filter_fn or quant_api._is_linear, "", [] if start is None else [start]):
                 yield Assignment(fqn, module, "weight", self.config)
 
     def _by_name(self) -> Iterator[Assignment]:
@@ -117,38 +127,46 @@ def _note(module: nn.Module, note: _Note, *, parameter_name: str = "weight") -> 
     return module
 
 
-def _matches(module: nn.Module, filter_fn: Callable[[nn.Module, str], bool], fqn: str) -> Iterator[tuple[str, nn.Module]]:
-    """torchao's walk: it does not look inside a match."""
-    if filter_fn(module, fqn):
+def _matches(module: nn.Module, filter_fn: Callable[[nn.Module, str], bool], fqn: str, start: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """torchao's walk: it does not look inside a match. `start` is emptied when the walk comes to what is in it."""
+    if start:
+        matched = module is start[0]
+        if matched:
+            start.clear()
+    else:
+        matched = filter_fn(module, fqn)
+    if matched:
         yield fqn, module
         return
     for name, child in module.named_children():
-        yield from _matches(child, filter_fn, f"{fqn}.{name}" if fqn else name)
+        yield from _matches(child, filter_fn, f"{fqn}.{name}" if fqn else name, start)
+
+
+NOTES = "__torchao_qig__"
 
 
 def find_quantize_call() -> QuantizeCall | None:
     """The innermost running `quantize_`, or None (a handler called directly)."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is QUANTIZE:
-            return _call_in(frame)
+    frame = _quantize_frame()[0]
+    if frame is None:
+        return None
+    held = frame.f_locals  # a name that is no variable of the function stays in it until the call ends
+    if NOTES not in held:
+        held[NOTES] = {}
+    model, config, filter_fn = (held[name] for name in QUANTIZE_LOCALS)
+    return QuantizeCall(model, config, filter_fn, held[NOTES])
+
+
+def stacklevel() -> int:
+    """For `warnings.warn` in the function that asks: the line that called `quantize_`."""
+    return _quantize_frame()[1]
+
+
+def _quantize_frame() -> tuple[FrameType | None, int]:
+    """The frame of the innermost running `quantize_`, and how far above the caller of our caller its own caller is."""
+    frame: FrameType | None = sys._getframe(2)
+    for level in count(2):
+        if frame is None or frame.f_code is QUANTIZE:
+            return frame, level
         frame = frame.f_back
-    return None
-
-
-def _call_in(frame: FrameType) -> QuantizeCall:
-    return QuantizeCall(*(frame.f_locals[name] for name in QUANTIZE_LOCALS))
-
-
-class AnnouncedConfig(ABCMeta):
-    """Metaclass of our configs: `announce(call)` runs when `quantize_` looks up the handler of a config.
-
-    torchao never calls the handler when nothing matches, so an error about that can come from nowhere else: the look-up
-    in its table of handlers hashes the config's class.
-    """
-
-    def __hash__(cls) -> int:
-        caller = sys._getframe(1)
-        if caller.f_code is QUANTIZE and type(caller.f_locals.get("config")) is cls:
-            cls.announce(_call_in(caller))
-        return super().__hash__()
+    raise AssertionError

@@ -1,12 +1,13 @@
 """The configs that `torchao.quantize_` takes: data and validation, nothing else; workflow.py says what they do."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torchao.core.config import AOBaseConfig
 
-from torchao_qig._compat import INT8_DYNAMIC_CONFIGS, AnnouncedConfig, QuantizeCall
+from torchao_qig._compat import INT8_DYNAMIC_CONFIGS, OurConfig
+from torchao_qig.errors import UserError
 from torchao_qig.tensor.affine import check_grid
 
 FULL = 16  # bits of a weight that is not quantized
@@ -16,11 +17,11 @@ DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 def _check_dtype(name: str, dtype: object) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"{name}={dtype!r}: pass torch.float32, torch.bfloat16, torch.float16 or None")
+        raise UserError(f"{name}={dtype!r}: pass torch.float32, torch.bfloat16, torch.float16 or None")
 
 
 @dataclass
-class PackedIntWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
+class PackedIntWeightOnlyConfig(OurConfig):
     """Round the weights of linears to nearest, `bits` bits each, and pack them. No calibration.
 
     `quantize_(model, PackedIntWeightOnlyConfig(bits=3))` on its own, or as `base_config` of torchao's AWQ and SmoothQuant.
@@ -42,15 +43,9 @@ class PackedIntWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         check_grid(self.bits, self.group_size, self.symmetric)
         _check_dtype("dtype", self.dtype)
 
-    @staticmethod
-    def announce(call: QuantizeCall) -> None:
-        from torchao_qig.workflow import check_assignments
-
-        check_assignments(call)
-
 
 @dataclass
-class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
+class QIGWeightOnlyConfig(OurConfig):
     """Calibrate, then quantize: integers chosen by compensation of errors (the default), equalization scales under a loss that weighs
     every token by integrated gradients (QIG: `sensitivity="qig", compensate=False`), or both.
 
@@ -126,8 +121,8 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     sweeps: int = 2
     propagate_error: bool = False
     official: bool = False
-    calib: Any = None
-    model: Any = None
+    calib: Any = field(default=None, repr=False, compare=False)  # a loader may be long, and tensors in it have no plain ==
+    model: Any = field(default=None, repr=False, compare=False)
     step: str | None = None
     device: Any = None
     compute_dtype: torch.dtype | None = None
@@ -139,35 +134,43 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     int8_activations: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self.compensate = self.base_config is None if self.compensate is None else self.compensate
-        self.sensitivity = self._sensitivity_of_auto() if self.sensitivity == "auto" else self.sensitivity
         self._check_bits()
         _check_dtype("dtype", self.dtype)
         _check_dtype("compute_dtype", self.compute_dtype)
-        _check_choice("sensitivity", self.sensitivity, ("qig", "modality", "uniform", None))
+        _check_choice("sensitivity", self.sensitivity, ("auto", "qig", "modality", "uniform", None))
         _check_choice("loss", self.loss, ("mae", "mse"))
         _check_choice("quadrature", self.quadrature, ("gauss", "riemann"))
         _check_choice("search", self.search, ("coarse", "exhaustive"))
         _check_choice("step", self.step, (None, "prepare", "convert"))
+        _check_choice("compensate", self.compensate, (None, True, False))
         for name, least, optional in (
             ("grid", 1, False), ("steps", 1, True), ("warmup_groups", 0, False), ("sweeps", 0, False), ("micro_batch", 1, True), ("max_host_memory", 0, True),
         ):  # fmt: skip
             _check_count(name, getattr(self, name), least, optional)
-        if isinstance(self.modules, str) or not (self.modules is None or all(isinstance(m, str) for m in self.modules)):
-            raise ValueError(f"modules={self.modules!r}: pass a list of module names, or None for the decoder's blocks")
+        if self.modules is not None and not (isinstance(self.modules, (list, tuple)) and all(isinstance(m, str) for m in self.modules)):
+            raise UserError(f"modules={self.modules!r}: pass a list of module names, or None for the decoder's blocks")
         if self.equalizes and not (self.fold or self.pre_scale):
-            raise ValueError("fold=False, pre_scale=False: then there is nowhere to put a scale; set one of them, or sensitivity=None")
+            raise UserError("fold=False, pre_scale=False: then there is nowhere to put a scale; set one of them, or sensitivity=None")
         if self.base_config is not None and not isinstance(self.base_config, AOBaseConfig):
-            raise ValueError(f"base_config={self.base_config!r}: pass a torchao config such as Int8WeightOnlyConfig()")
+            raise UserError(f"base_config={self.base_config!r}: pass a torchao config such as Int8WeightOnlyConfig()")
         for name, low, high in (("damping", 0.0, float("inf")), ("repair", 0.0, 1.0)):
             _check_number(name, getattr(self, name), low, high)
         if self.rounds and self.base_config is not None:
-            raise ValueError("base_config: chooses its own integers; leave it out, or clip=True and compensate=True")
+            raise UserError("base_config: chooses its own integers; leave it out, or clip=True and compensate=True")
         if self.step == "prepare" and self.calib is not None:
-            raise ValueError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
+            raise UserError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
 
-    def _sensitivity_of_auto(self) -> str | None:
-        return None if self.compensate else "qig"  # with compensation, scales measured worse than none: benchmarks/results/beyond.md
+    @property
+    def compensates(self) -> bool:
+        """What `compensate` comes to: None means yes, unless a base config chooses its own integers."""
+        return self.base_config is None if self.compensate is None else self.compensate
+
+    @property
+    def weighting(self) -> str | None:
+        """What `sensitivity` comes to."""
+        if self.sensitivity != "auto":
+            return self.sensitivity
+        return None if self.compensates else "qig"  # with compensation, scales measured worse than none: benchmarks/results/beyond.md
 
     def _bits_named(self) -> list[Any]:
         """Those of linears that are quantized; for "auto" the fewest."""
@@ -183,11 +186,11 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
             _check_number("budget", self.budget, 2, FULL)
         given = [name for name in ("budget", "max_bytes") if getattr(self, name) is not None]
         if (self.bits == "auto") != (len(given) == 1):
-            raise ValueError(
+            raise UserError(
                 f"bits={self.bits!r} with {' and '.join(given) or 'no budget'}: bits='auto' takes one of budget= and max_bytes=, other bits neither"
             )
         if not isinstance(self.bits, int) and self.base_config is not None:
-            raise ValueError(f"bits={self.bits!r}: base_config has its own bits; leave one of them out")
+            raise UserError(f"bits={self.bits!r}: base_config has its own bits; leave one of them out")
 
     def at(self, bits: int) -> "QIGWeightOnlyConfig":
         """The same with so many bits for every weight."""
@@ -196,7 +199,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     @property
     def equalizes(self) -> bool:
         """Whether calibration chooses scales."""
-        return self.sensitivity is not None
+        return self.weighting is not None
 
     @property
     def smoothing(self) -> float | None:
@@ -220,7 +223,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
     @property
     def rounds(self) -> bool:
         """Whether calibration chooses the integers, too."""
-        return bool(self.clip or self.compensate)
+        return self.clip or self.compensates
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "QIGWeightOnlyConfig":
@@ -232,12 +235,6 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         form: dict[str, Any] = dict(official=True, pre_scale=False, clip=False, compensate=False)
         return cls(**{**search, **form, **kwargs})
 
-    @staticmethod
-    def announce(call: QuantizeCall) -> None:
-        from torchao_qig.workflow import calibrated_call
-
-        calibrated_call(call)
-
     def for_loading(self, pre_scaled: bool) -> "QIGWeightOnlyConfig":
         """What a loader of the quantized model needs: the recipe without the data."""
         nothing: dict[str, Any] = dict.fromkeys(RUNTIME)
@@ -247,6 +244,7 @@ class QIGWeightOnlyConfig(AOBaseConfig, metaclass=AnnouncedConfig):
         """The fields that say what is computed, as JSON can hold them."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*RUNTIME, "version", "base_config")}
         base = None if self.base_config is None else repr(self.base_config)
+        kept |= {"sensitivity": self.weighting, "compensate": self.compensates}
         return {**kept, "dtype": None if self.dtype is None else str(self.dtype), "base_config": base, "int8_activations": self.int8_activations}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QIGWeightOnlyConfig":
@@ -295,20 +293,21 @@ class QIGInt8DynamicActivationConfig(QIGWeightOnlyConfig):
         if self.smoothquant is not None:
             _check_number("smoothquant", self.smoothquant, 0.0, 1.0)
             if self.sensitivity not in ("auto", None):
-                raise ValueError(f"sensitivity={self.sensitivity!r} with smoothquant={self.smoothquant!r}: both choose scales; leave one of them out")
+                raise UserError(f"sensitivity={self.sensitivity!r} with smoothquant={self.smoothquant!r}: both choose scales; leave one of them out")
         super().__post_init__()
         if self.base_config is not None and not isinstance(self.base_config, INT8_DYNAMIC_CONFIGS):
             names = " or ".join(c.__name__ for c in INT8_DYNAMIC_CONFIGS)
-            raise ValueError(f"base_config={self.base_config!r}: does not round activations to int8; pass {names}, or use QIGWeightOnlyConfig")
+            raise UserError(f"base_config={self.base_config!r}: does not round activations to int8; pass {names}, or use QIGWeightOnlyConfig")
         if not self.symmetric and (self.bits == "auto" or 8 in self._bits_named()) and self.base_config is None:
-            raise ValueError(f"bits={self.bits!r}, symmetric=False: integers of 8 bits have to be symmetric beside int8 activations; pass symmetric=True")
+            raise UserError(f"bits={self.bits!r}, symmetric=False: integers of 8 bits have to be symmetric beside int8 activations; pass symmetric=True")
 
-    def _sensitivity_of_auto(self) -> str | None:
-        return None if self.smoothquant is not None else super()._sensitivity_of_auto()
+    @property
+    def weighting(self) -> str | None:
+        return None if self.smoothquant is not None else super().weighting
 
     @property
     def equalizes(self) -> bool:
-        return self.sensitivity is not None or self.smoothquant is not None
+        return self.weighting is not None or self.smoothquant is not None
 
     @property
     def smoothing(self) -> float | None:
@@ -316,7 +315,7 @@ class QIGInt8DynamicActivationConfig(QIGWeightOnlyConfig):
 
     @property
     def on_quantized_inputs(self) -> bool:
-        return self.propagate_error or self.sensitivity == "qig"
+        return self.propagate_error or self.weighting == "qig"
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "QIGInt8DynamicActivationConfig":
@@ -326,16 +325,16 @@ class QIGInt8DynamicActivationConfig(QIGWeightOnlyConfig):
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, choices))}")
+        raise UserError(f"{name}={value!r}: pass one of {', '.join(map(repr, choices))}")
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{name}={value!r}: pass a number of at least {low:g}" + (f" and at most {high:g}" if high < float("inf") else ""))
+        raise UserError(f"{name}={value!r}: pass a number of at least {low:g}" + (f" and at most {high:g}" if high < float("inf") else ""))
 
 
 def _check_count(name: str, value: object, least: int, optional: bool) -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: pass an integer of at least {least}{' or None' if optional else ''}")
+        raise UserError(f"{name}={value!r}: pass an integer of at least {least}{' or None' if optional else ''}")

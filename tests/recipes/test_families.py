@@ -161,7 +161,7 @@ def test_settings(folder: str) -> None:
         config = made[name].config()
         assert type(config) is type(expected)
         assert {f.name: getattr(config, f.name) for f in fields(config)} == {f.name: getattr(expected, f.name) for f in fields(expected)}
-        assert not config.compensate
+        assert not config.compensates
 
 
 @pytest.fixture

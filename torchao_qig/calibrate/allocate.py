@@ -23,6 +23,7 @@ from torchao_qig.calibrate.observer import Observer, first_tensor, patched
 from torchao_qig.calibrate.plan import packed_bytes
 from torchao_qig.calibrate.sensitivity import rule
 from torchao_qig.config import FULL, QIGWeightOnlyConfig
+from torchao_qig.errors import UserError
 from torchao_qig.tensor import affine
 
 BITS = (2, 3, 4, 5, 6, 7, 8, FULL)
@@ -172,7 +173,7 @@ def solve(cost: Tensor, price: Tensor, budget: int) -> list[int]:
     """
     rows, columns = price.shape
     if int(price.amin(1).sum()) > budget:
-        raise ValueError(f"budget: the smallest choice takes {int(price.amin(1).sum())}, more than {budget}; allow more")
+        raise UserError(f"budget: the smallest choice takes {int(price.amin(1).sum())}, more than {budget}; allow more")
     unit = math.gcd(*(int(p) for p in price.flatten()))
     unit = max(unit, -(-int(price.amax(1).sum()) // STATES))
     weights = -(-price // unit)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torchao_qig._compat import quantized_weight
 from torchao_qig.calibrate.fold import norm_parameters, pre_scale, scaled_linear
 from torchao_qig.calibrate.result import INT8, Calibration, GroupResult
+from torchao_qig.calibrate.shared import SharedWeights
 from torchao_qig.config import QIGWeightOnlyConfig
+from torchao_qig.errors import UserError
 from torchao_qig.tensor import PackedIntTensor, affine
 
 Product = Callable[[Tensor], Tensor]
@@ -83,18 +85,18 @@ def rounding_forward(linear: nn.Linear, before: Tensor | None, official: bool) -
     return lambda x: F.linear(affine.fake_quantize_rows(x, columns, official), linear.weight, linear.bias)
 
 
-def _chosen(name: str, found: Calibration, targets: dict[str, QIGWeightOnlyConfig], linear: nn.Linear) -> Tensor:
+def _chosen(name: str, found: Calibration, targets: dict[str, QIGWeightOnlyConfig], linear: nn.Linear) -> PackedIntTensor:
     """The integers that calibration chose for a linear; they hold for the scales and the dtype that they were chosen with."""
     weight, dtype = found.weights[name], targets[name].dtype or linear.weight.dtype
     if (weight.rows, weight.columns, weight.dtype) != (*linear.weight.shape, dtype):
-        raise ValueError(
+        raise UserError(
             f"calib: {name} was rounded as {(weight.rows, weight.columns)} in {weight.dtype}, it is {tuple(linear.weight.shape)} in {dtype}; calibrate again"
         )
     into = {g.label: [g.fold_into] if g.fold_kind == "linear" else [] for g in found.groups.values()}
     together = [g for g in found.groups.values() if name in (*g.linears, *into[g.label])]
     missing = sorted({n for g in together for n in (*g.linears, *into[g.label])} - set(targets))
     if missing:
-        raise ValueError(f"calib: {name} was rounded together with {', '.join(missing)}; quantize these, too, or calibrate again")
+        raise UserError(f"calib: {name} was rounded together with {', '.join(missing)}; quantize these, too, or calibrate again")
     return weight.to(linear.weight.device, copy=True)
 
 
@@ -119,7 +121,7 @@ class Scales:
         linear = model.get_submodule(members[0])
         assert isinstance(linear, nn.Linear)
         if linear.in_features != len(group.scale):
-            raise ValueError(f"calib: made for another model: {members[0]} has {linear.in_features} inputs here, {len(group.scale)} there")
+            raise UserError(f"calib: made for another model: {members[0]} has {linear.in_features} inputs here, {len(group.scale)} there")
         scale = group.scale.to(linear.weight.device)
         whole = len(members) == len(group.linears)
         if whole and group.fold_kind == "linear" and group.fold_into in targets:
@@ -139,33 +141,50 @@ def changes(model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOn
 
     With `simulate` weights stay dense and get the values that the packed ones stand for (a base config's integer products run as they are).
     """
-    scales = Scales(model, found, targets)
+    scales, shared = Scales(model, found, targets), SharedWeights(model, targets)
     made = list(scales.norms)
+    values: dict[int, nn.Parameter] = {}  # by weight: linears that share one go on sharing
+    if not simulate:
+        _refuse_to_untie(model, targets)
     for name, config in targets.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         dtype = linear.weight.dtype
         weight, bias = scaled_linear(linear, scales.columns.get(name), scales.rows.get(name))
-        before = scales.before.get(name)
+        before, source = scales.before.get(name), shared.decided(name, found.weights)
+        if name in shared and id(linear.weight) in values:
+            made.append(Change(linear, "weight", values[id(linear.weight)]))
+            continue
         if simulate and not (config.int8_activations and config.base_config is not None):
             if config.int8_activations:
                 made.append(Change(linear, "forward", rounding_forward(linear, before, config.official)))
-            value = rounder(config, dtype)(weight, None)
+            value = _chosen(source, found, targets, linear).dequantize(torch.float32) if source is not None else rounder(config, dtype)(weight, None)
             value = (value if before is None else value * before.to(value)).to(dtype)
         else:
-            value = _chosen(name, found, targets, linear) if name in found.weights else quantize_weight(weight, config, dtype)
+            value = _chosen(source, found, targets, linear) if source is not None else quantize_weight(weight, config, dtype)
             if before is not None:
                 if not hasattr(value, "act_pre_scale"):
-                    raise ValueError(
+                    raise UserError(
                         f"base_config={config.base_config!r}: its {type(value).__name__} takes no act_pre_scale; pass pre_scale=False or another config"
                     )
                 value.act_pre_scale = before
             elif config.pre_scaled:
                 value.act_pre_scale = torch.ones(linear.in_features, dtype=dtype, device=linear.weight.device)
-        made.append(Change(linear, "weight", _frozen(value)))
+        values[id(linear.weight)] = _frozen(value)
+        made.append(Change(linear, "weight", values[id(linear.weight)]))
         if bias is not None and name in scales.rows:
             made.append(Change(linear, "bias", _frozen(bias)))
     return made
+
+
+def _refuse_to_untie(model: nn.Module, targets: dict[str, QIGWeightOnlyConfig]) -> None:
+    """A weight that is also held by a module which stays as it is cannot be quantized for one of the two."""
+    wanted = {id(model.get_submodule(name).weight): name for name in targets}
+    for holder, module in model.named_modules():
+        for weight in module._parameters.values():
+            name = wanted.get(id(weight))
+            if name is not None and holder not in targets:
+                raise UserError(f"calib: {name} shares its weight with {holder}, which is not chosen here; choose both, or neither")
 
 
 def commit(made: list[Change]) -> None:

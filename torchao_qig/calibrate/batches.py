@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from torchao_qig.calibrate.observer import Call
+from torchao_qig.errors import UserError, UserTypeError
 
 VISION, ANSWER = "vision_mask", "answer_mask"
 OURS = {VISION: VISION, "image_mask": VISION, ANSWER: ANSWER, "caption_mask": ANSWER}  # columns that say what tokens are
@@ -123,18 +124,18 @@ def as_batch(model: nn.Module, item: Any, single: bool, number: int) -> Batch:
         columns = {k: v for k, v in columns.items() if k in names or not (k in OURS or single)}
         unknown = [k for k, v in columns.items() if k not in names and (not others or (isinstance(v, Tensor) and v.is_floating_point()))]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {type(model).__name__}.forward takes no {', '.join(unknown)}; if this is a part of the model that the batches"
                 " are for, pass the whole one as model=, otherwise drop these columns"
             )
         masks = _masks(model, columns, given)
         labels = columns.pop("labels", None)
         if not columns:
-            raise ValueError(f"{where}: has none of the inputs of {type(model).__name__}.forward ({', '.join(sorted(names))}); got {', '.join(item)}")
+            raise UserError(f"{where}: has none of the inputs of {type(model).__name__}.forward ({', '.join(sorted(names))}); got {', '.join(item)}")
         return Batch(number, (), columns, masks, labels)
     args = tuple(ready(v) for v in (item if isinstance(item, (tuple, list)) else (item,)))
     if not any(isinstance(a, Tensor) for a in args):
-        raise TypeError(f"{where}: got {type(item).__name__} without tensors; batches are dicts (passed as keywords), tuples or tensors")
+        raise UserTypeError(f"{where}: got {type(item).__name__} without tensors; batches are dicts (passed as keywords), tuples or tensors")
     ids = args[0] if not args[0].is_floating_point() and args[0].dim() == 2 else None
     return Batch(number, args, {}, _masks(model, {} if ids is None else {"input_ids": ids}, {}))
 
@@ -142,14 +143,14 @@ def as_batch(model: nn.Module, item: Any, single: bool, number: int) -> Batch:
 def read(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
     """The loader's batches; each is read once."""
     if isinstance(loader, (str, bytes, Mapping, Tensor)) or not isinstance(loader, Iterable):
-        raise TypeError(f"calib={type(loader).__name__}: pass an iterable of batches, such as a DataLoader or a list of dicts; one batch goes into a list")
+        raise UserTypeError(f"calib={type(loader).__name__}: pass an iterable of batches, such as a DataLoader or a list of dicts; one batch goes into a list")
     single = _is_dataset(loader)
     empty = True
     for number, item in enumerate(loader):
         empty = False
         yield as_batch(model, item, single, number)
     if empty:
-        raise ValueError("calib: the loader yielded no batch; pass at least one (a generator can be read only once)")
+        raise UserError("calib: the loader yielded no batch; pass at least one (a generator can be read only once)")
 
 
 @contextmanager
@@ -162,4 +163,4 @@ def naming(model: nn.Module, batch: Batch) -> Iterator[None]:
     except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
         if "allocate memory" in str(error):  # what the CPU's allocator says
             raise
-        raise ValueError(f"calib: {type(model).__name__} cannot run batch {batch.number}: {error}. The model is unchanged.") from error
+        raise UserError(f"calib: {type(model).__name__} cannot run batch {batch.number}: {error}. The model is unchanged.") from error

@@ -17,7 +17,6 @@ from torchao_qig.calibrate.batches import Tokens
 from torchao_qig.calibrate.groups import Group, find_groups
 from torchao_qig.calibrate.observer import Call, Observer, Seen, first_tensor, patched, replica
 from torchao_qig.calibrate.search import Evaluate
-from torchao_qig.calibrate.store import Store
 from torchao_qig.calibrate.stream import Piece, Stream, cast, fresh
 from torchao_qig.calibrate.tokens import Layout, layout
 from torchao_qig.calibrate.work import KEEP, Part, Work, around, known, subset
@@ -50,7 +49,7 @@ class Block:
         self.works: list[Work] = []
         self.copies = False
         self.odd: set[str] = set()  # linears that are no plain products
-        self.store = Store(stream.store.limit)
+        self.store = stream.store
         self._rounded: dict[str, Tensor] = {}
 
     def observe(self) -> None:
@@ -152,7 +151,7 @@ class Block:
         if not self.config.official or tokens.vision is None:
             return sensitivity.uniform(grid)
         answer, vision = known(tokens, grid)
-        return vision.float() if self.config.sensitivity == "uniform" else sensitivity.uniform(answer | vision)
+        return vision.float() if self.config.weighting == "uniform" else sensitivity.uniform(answer | vision)
 
     def points(self, work: Work) -> sensitivity.Rule:
         """The rule for a group: the coarse Gauss rule where on one sample it gives the same weights as the fine one."""

@@ -7,7 +7,7 @@ What a model does between two blocks (Qwen3-VL adds image features there) can be
 state is; a model that does more is no chain, and is then calibrated as a single block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchao_qig.calibrate.batches import Batch
+from torchao_qig.calibrate.batches import Batch, naming
 from torchao_qig.calibrate.groups import join, linears_in
 from torchao_qig.calibrate.observer import Call, first_tensor, patched
 
@@ -159,6 +159,29 @@ def find_chains(root: nn.Module, batch: Batch) -> list[Chain]:
     found = [(Chain(w.names, w.output, set(w.added)), w.added) for w in ordered]
     good = [chain for chain, added in found if not added or _adds_only(root, batch, chain, added)]
     return [c for c in good if not any(_lies_in(c, outer) for outer in good)]
+
+
+def running_order(root: nn.Module, names: list[str], batches: Iterable[Batch]) -> list[str]:
+    """These modules in the order in which a batch first runs them: of the first batch that runs all, else of the one that runs most."""
+    best: list[str] = []
+    for batch in batches:
+        order: list[str] = []
+
+        def noting(name: str, forward: Callable[..., Any], order: list[str] = order) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if name not in order:
+                    order.append(name)
+                return forward(*args, **kwargs)
+
+            return run
+
+        modules = {name: root.get_submodule(name) for name in names}
+        with naming(root, batch), patched({module: noting(name, module.forward) for name, module in modules.items()}):
+            root(*batch.args, **batch.kwargs)
+        best = max(best, order, key=len)
+        if len(best) == len(names):
+            break
+    return best
 
 
 def _lies_in(chain: Chain, outer: Chain) -> bool:

@@ -13,6 +13,7 @@ quantized model really has. Every row of W has an error of its own, so all of th
 import torch
 from torch import Tensor
 
+from torchao_qig.errors import UserError
 from torchao_qig.tensor import affine
 
 SHRINKS = tuple(1 - i / 20 for i in range(11))  # 1 first: ties keep the whole range
@@ -63,7 +64,7 @@ def _cholesky(gram: Tensor, damping: float) -> Tensor:
             return factor
         damping = max(10 * damping, 1e-6)
         if damping > 1e6:
-            raise ValueError("the Gram matrix of a linear's inputs contains NaN or infinity; look at the calibration batches")
+            raise UserError("the Gram matrix of a linear's inputs contains NaN or infinity; look at the calibration batches")
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:

@@ -1,34 +1,61 @@
 """Inputs as the quantized model will have them (`propagate_error`, `compensate`, int8 activations), next to the full-precision ones.
 
-The samples have a second hidden state that goes through each block as it will be: the scales found so far, and every linear
-rounded. A group's candidates are then tried on its input there.
+The samples have a second hidden state that goes through each block as it will be, also through blocks in which nothing is quantized. Where a
+list of blocks ends and another begins (a vision tower, a decoder, a head), the model itself runs in between, with the finished blocks quantized.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchao_qig.calibrate.apply import changes, commit
 from torchao_qig.calibrate.block import Block
-from torchao_qig.calibrate.observer import Call, Observer, Seen, replica
-from torchao_qig.calibrate.result import Calibration, GroupResult
+from torchao_qig.calibrate.observer import Call, Observer, Seen, patched, replica
+from torchao_qig.calibrate.result import Calibration
 from torchao_qig.calibrate.stream import Stream, cast
 from torchao_qig.calibrate.work import Part, Work
 from torchao_qig.config import QIGWeightOnlyConfig
 
 
-def quantized_so_far(block: Block, name: str, results: list[GroupResult], configs: dict[str, QIGWeightOnlyConfig]) -> nn.Module:
-    """The block with the scales of `results` and all its linears rounded; `configs` by name in the block."""
+def quantized_so_far(
+    module: nn.Module, name: str, found: Calibration, configs: dict[str, QIGWeightOnlyConfig], device: torch.device, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A copy of a block as calibration has decided so far: scales, chosen integers, all other linears rounded to nearest.
 
-    def inner(full: str) -> str:
-        return full.removeprefix(f"{name}.")
-
-    groups = {r.label: replace(r, linears=[inner(n) for n in r.linears], fold_into=inner(r.fold_into)) for r in results}
-    bent = replica(block.exact, block.device)
-    commit(changes(bent, Calibration(groups=groups), configs, simulate=True))
+    `name` is the block's in the model, `configs` are those of its linears that are quantized, by name in the block.
+    """
+    of_block = found.of_block(name)
+    groups = {r.label: replace(r, linears=[_inner(name, n) for n in r.linears], fold_into=_inner(name, r.fold_into)) for r in of_block.groups.values()}
+    bent = replica(module, device, dtype)
+    weights = {_inner(name, n): w for n, w in of_block.weights.items()}
+    commit(changes(bent, Calibration(groups=groups, weights=weights), configs, simulate=True))
     return bent
+
+
+def _inner(block: str, full: str) -> str:
+    """A module's name in its block."""
+    return "" if full == block else full.removeprefix(f"{block}.")
+
+
+@contextmanager
+def running_quantized(root: nn.Module, blocks: dict[str, dict[str, QIGWeightOnlyConfig]], found: Calibration) -> Iterator[None]:
+    """Run the model with these blocks as they have been calibrated; each is made when it runs, so that no two exist at once."""
+    modules = {name: root.get_submodule(name) for name in blocks}
+    plain = {name: replica(module, _device_of(module)) for name, module in modules.items()}  # without the forwards that are exchanged below
+
+    def forward_of(name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: quantized_so_far(plain[name], name, found, blocks[name], _device_of(plain[name]))(*args, **kwargs)
+
+    with patched({module: forward_of(name) for name, module in modules.items()}):
+        yield
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def _correspond(part: Part, x: Tensor) -> bool:
@@ -42,14 +69,19 @@ def _correspond(part: Part, x: Tensor) -> bool:
 
 
 class Distortion:
-    """The second hidden states, one per piece."""
+    """The second stream: the same samples, as the model quantized so far has them."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, quantized: Stream | None = None) -> None:
         self.stream = stream
-        self.hidden: list[Tensor] = [p.hidden for p in stream.pieces]
+        self.quantized = quantized if quantized is not None else stream.twin()  # nothing has been quantized yet: they begin alike
+
+    @property
+    def hidden(self) -> list[Any]:
+        """The second hidden states, one per piece."""
+        return [piece.hidden for piece in self.quantized.pieces]
 
     def call(self, block: Block, number: int) -> Call:
-        return cast(self.stream.call(self.stream.pieces[number], hidden=self.hidden[number]), block.device, block.main_dtype, block.model_dtype)
+        return cast(self.quantized.call(self.quantized.pieces[number]), block.device, block.main_dtype, block.model_dtype)
 
     def feed(self, block: Block, bent: nn.Module, work: Work) -> None:
         """Exchange the inputs of a group's parts. (Rows that a router chose stay: the other block may route otherwise.)"""
@@ -73,8 +105,8 @@ class Distortion:
             yield from zip(parts, seen if same else [None] * len(parts), strict=True)
 
     def advance(self, block: Block, bent: nn.Module) -> None:
-        """Move on to the next block."""
-        for number, piece in enumerate(self.stream.pieces):
+        """Send the samples through the block as it will be: what they are after it is what the next block will get."""
+        for number, piece in enumerate(self.quantized.pieces):
             call = self.call(block, number)
             with torch.no_grad():
-                self.hidden[number] = self.stream.after(piece, bent(*call.args, **call.kwargs), self.hidden[number])
+                self.quantized.advance(piece, bent(*call.args, **call.kwargs))

@@ -119,8 +119,8 @@ def need(
     itemsize, rate = dtype.itemsize, FULL_SPEED * products_per_second(place, dtype)
     on_device = on_host = 0
     seconds = 0.0
-    column, row = seconds_per_column(place) if config.compensate else (0.0, 0.0)
-    streams = 2 if config.compensate or config.on_quantized_inputs else 1
+    column, row = seconds_per_column(place) if config.compensates else (0.0, 0.0)
+    streams = 2 if config.compensates or config.on_quantized_inputs else 1
     for name in (n for chain in chains for n in chain.names):
         block = model.get_submodule(name)
         prefix = f"{name}." if name else ""
@@ -137,7 +137,7 @@ def need(
         on_device = max(on_device, (2 if streams > 1 else 1) * size * itemsize + max(choosing, searching))
         on_host = max(on_host, seen + hidden)
         seconds += _products(size, groups, tokens, config) / rate
-        if config.compensate:
+        if config.compensates:
             seconds += sum(g.columns * (1 + config.sweeps) * (column + g.rows * row) for g in groups)
     return Need(on_device, on_host + packed, seconds, samples, tokens, device.type)
 
@@ -148,11 +148,11 @@ def _products(size: int, groups: list[_Group], tokens: int, config: QIGWeightOnl
     total = forward
     if config.equalizes and config.smoothing is None:
         total += SEARCH[config.search] * forward
-    if config.compensate or config.on_quantized_inputs:
+    if config.compensates or config.on_quantized_inputs:
         total += (1 + len(groups)) * forward
     if config.rounds:
         for g in groups:
             total += 4.0 * tokens * g.columns**2  # its two Gram matrices
             solved = SOLVING * 2.0 * g.columns**3 + 2.0 * g.rows * g.columns**2 * (3 + 4 * config.sweeps)
-            total += solved if config.compensate else 0.0
+            total += solved if config.compensates else 0.0
     return total

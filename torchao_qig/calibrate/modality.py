@@ -20,6 +20,7 @@ from torchao_qig.calibrate.chains import Chain
 from torchao_qig.calibrate.groups import join, linears_in
 from torchao_qig.calibrate.observer import first_tensor
 from torchao_qig.calibrate.stream import Piece
+from torchao_qig.errors import UserError
 
 
 def _labels(batch: Batch, answer: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def _labels(batch: Batch, answer: Tensor) -> Tensor:
         return batch.labels
     ids = next((v for v in [batch.kwargs.get("input_ids"), *batch.args] if isinstance(v, Tensor) and not v.is_floating_point()), None)
     if ids is None:
-        raise ValueError("sensitivity='modality': the batches have neither labels nor input_ids; add labels, or set modality_ratio")
+        raise UserError("sensitivity='modality': the batches have neither labels nor input_ids; add labels, or set modality_ratio")
     return ids.masked_fill(~answer.to(ids.device), IGNORED)
 
 
@@ -41,7 +42,7 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 def split(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Answer and vision masks; without labels all counted text answers."""
     if tokens.counted is None or tokens.vision is None:
-        raise ValueError("sensitivity='modality': cannot tell vision tokens in the batches; add a vision_mask (samples x tokens), or use sensitivity='qig'")
+        raise UserError("sensitivity='modality': cannot tell vision tokens in the batches; add a vision_mask (samples x tokens), or use sensitivity='qig'")
     answer = tokens.answer if tokens.answer is not None else tokens.counted & ~tokens.vision
     return answer & tokens.counted, tokens.vision & tokens.counted
 
@@ -123,7 +124,7 @@ class ModalityGradients:
                 logits = getattr(out, "logits", None)
                 logits = first_tensor(out) if logits is None else logits
                 if logits.shape[:2] != answer.shape:
-                    raise ValueError("sensitivity='modality': the model returns no logits per token; set modality_ratio")
+                    raise UserError("sensitivity='modality': the model returns no logits per token; set modality_ratio")
                 torch.autograd.grad(_loss(logits, _labels(batch, answer).to(logits.device)), leaves)  # not backward: parameters keep their .grad
         finally:
             for handle in handles:

@@ -11,6 +11,7 @@ from torchao_qig.calibrate.batches import Batch, naming, read
 from torchao_qig.calibrate.chains import Chain, find_chains, listed_chains, quiet
 from torchao_qig.calibrate.estimate import LENGTH, SAMPLES, Need, need
 from torchao_qig.config import BITS_OF_AUTO, FULL, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
+from torchao_qig.errors import UserError, UserTypeError
 from torchao_qig.tensor import affine
 
 
@@ -55,7 +56,7 @@ def _matching(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         here = [n for n in names if n == pattern or n.endswith(f".{pattern}")]
         if not here:
-            raise ValueError(
+            raise UserError(
                 f"modules={list(patterns)!r}: {type(model).__name__} has no module {pattern!r}; its parts are {', '.join(n for n, _ in model.named_children())}"
             )
         found += here
@@ -106,7 +107,7 @@ def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOn
     modules: dict[str, nn.Linear] = {n: m for n, m in model.named_modules() if n in linears and isinstance(m, nn.Linear)}
     wanted = _matching(model, config.modules) if config.modules is not None else chains[-1].names if chains else [""]
     inside = [n for n in modules if _is_inside(n, wanted)]
-    plan = Plan([], set())
+    plan, counted = Plan([], set()), set[int]()
     holders: dict[int, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for p in module._parameters.values():
@@ -117,11 +118,12 @@ def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOn
         why = _reason(model, linear, linears[name], shared) if name in inside else "outside the decoder's blocks (name them in modules=)"
         if why is None:
             if not linear.weight.is_meta and not torch.isfinite(linear.weight).all():
-                raise ValueError(f"{name}: the weight contains NaN or infinity; repair it or leave this layer out with filter_fn. The model is unchanged.")
+                raise UserError(f"{name}: the weight contains NaN or infinity; repair it or leave this layer out with filter_fn. The model is unchanged.")
             plan.linears.add(name)
-            size = linear.weight.numel()
-            plan.bytes_before += size * linear.weight.element_size()
-            plan.bytes_after += packed_bytes(linear, linears[name])
+            if id(linear.weight) not in counted:  # linears that share a weight go on sharing it
+                counted.add(id(linear.weight))
+                plan.bytes_before += linear.weight.numel() * linear.weight.element_size()
+                plan.bytes_after += packed_bytes(linear, linears[name])
         else:
             plan.left.setdefault(why, []).append(name)
     stacks = [f"{m}.{n}" for m, module in model.named_modules() for n, p in module._parameters.items() if _is_stack(module, p) and _is_inside(m, wanted)]
@@ -129,7 +131,7 @@ def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOn
         plan.left["3-D parameters (FqnToConfig with PackedIntWeightOnlyConfig rounds them)"] = stacks
     if not plan.linears:
         reasons = "; ".join(f"{why}: {', '.join(names)}" for why, names in plan.left.items()) or "no linear was chosen"
-        raise ValueError(f"nothing to quantize in {type(model).__name__}: {reasons}. The model is unchanged.")
+        raise UserError(f"nothing to quantize in {type(model).__name__}: {reasons}. The model is unchanged.")
     plan.chains = _chains_for(model, chains, wanted, sorted(plan.linears)) if chains or config.modules else [Chain([""])]
     return plan
 
@@ -145,7 +147,7 @@ def plan(model: nn.Module, config: QIGWeightOnlyConfig | PackedIntWeightOnlyConf
         model, config, filter_fn: as for `quantize_` or `calibrate`.
     """
     if not isinstance(config, (QIGWeightOnlyConfig, PackedIntWeightOnlyConfig)):
-        raise TypeError(f"config={type(config).__name__}: plan knows QIGWeightOnlyConfig, QIGInt8DynamicActivationConfig and PackedIntWeightOnlyConfig")
+        raise UserTypeError(f"config={type(config).__name__}: plan knows QIGWeightOnlyConfig, QIGInt8DynamicActivationConfig and PackedIntWeightOnlyConfig")
     chosen = filter_fn or (lambda m, name: isinstance(m, nn.Linear))
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and chosen(m, name)]
     if isinstance(config, PackedIntWeightOnlyConfig):  # all that the filter matches, nothing to calibrate

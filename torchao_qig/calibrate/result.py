@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from torchao_qig.errors import UserError, UserFileError
 from torchao_qig.tensor import PackedIntTensor
 from torchao_qig.tensor.packed import DATA
 
@@ -197,9 +198,9 @@ class Calibration:
         try:
             described = json.loads((directory / "calibration.json").read_text())
         except FileNotFoundError:
-            raise FileNotFoundError(f"path={str(path)!r}: no calibration.json there; pass the directory that Calibration.save wrote") from None
+            raise UserFileError(f"path={str(path)!r}: no calibration.json there; pass the directory that Calibration.save wrote") from None
         if described["format"] != FORMAT:
-            raise ValueError(
+            raise UserError(
                 f"path={str(path)!r}: format {described['format']}, this version reads {FORMAT}; calibrate again or install the version that wrote it"
             )
         tensors = load_file(directory / "calibration.safetensors")

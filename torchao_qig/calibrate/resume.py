@@ -7,17 +7,20 @@ step after everything it speaks of has been written. A directory of another cali
 import hashlib
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchao_qig.calibrate import ranks
 from torchao_qig.calibrate.result import Calibration, _replace
+from torchao_qig.errors import UserError
 
-NUMERICS = 1  # raise it when the same input gives other scales
+NUMERICS = 2  # raise it when the same input gives other scales
 
 
 def _crc(t: Tensor) -> int:
@@ -53,14 +56,18 @@ class Progress:
         for key, value in self.fingerprint.items():
             before = written["fingerprint"].get(key)
             if before != json.loads(json.dumps(value)):
-                raise ValueError(
+                raise UserError(
                     f"checkpoint_dir={str(self.directory)!r}: holds another calibration ({key} was {before!r}, is {value!r}); pass an empty directory"
                 )
         return int(written["done"])
 
     def save(self, done: int, found: Calibration, hidden: list[Tensor], notes: dict[str, Any]) -> None:
         rank = ranks.rank()
-        tensors = {f"{i}": h.contiguous().clone() for i, h in enumerate(hidden)}
+        tensors: dict[str, Tensor] = {}
+        known: set[int] = set()
+        for i, h in enumerate(hidden):  # both streams may hold the same tensor, which the file format refuses
+            tensors[f"{i}"] = h.clone() if h.data_ptr() in known else h.contiguous()
+            known.add(h.data_ptr())
         _replace(self.directory / f"hidden_{done}_{rank}.safetensors", lambda p: save_file(tensors, p))
         if rank == 0:
             found.save(self.directory / f"block_{done}")
@@ -70,9 +77,12 @@ class Progress:
             _replace(self._manifest, lambda p: p.write_text(text))
         (self.directory / f"hidden_{done - 1}_{rank}.safetensors").unlink(missing_ok=True)
 
-    def load(self, done: int) -> tuple[list[Calibration], list[Tensor], dict[str, Any]]:
-        """What the finished blocks found, the hidden states after them, and the notes."""
+    def load(self, done: int) -> tuple[list[Calibration], Iterator[Tensor], dict[str, Any]]:
+        """What the finished blocks found, the hidden states after them (read one by one), and the notes."""
         found = [Calibration.load(self.directory / f"block_{n}") for n in range(1, done + 1)]
-        hidden = load_file(self.directory / f"hidden_{done}_{ranks.rank()}.safetensors")
         notes = json.loads(self._manifest.read_text())["notes"]
-        return found, [hidden[str(i)] for i in range(len(hidden))], notes
+        return found, self._hidden(done), notes
+
+    def _hidden(self, done: int) -> Iterator[Tensor]:
+        with safe_open(self.directory / f"hidden_{done}_{ranks.rank()}.safetensors", "pt") as file:
+            yield from (file.get_tensor(str(i)) for i in range(len(file.keys())))

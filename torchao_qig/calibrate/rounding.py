@@ -68,25 +68,41 @@ class Rounding:
         before = self.scales.before.get(join(self.name, inner))
         self._set(inner, "weight", weight if before is None else weight * before.to(weight))
 
-    def round(self, work: Work) -> tuple[dict[str, PackedIntTensor], tuple[float, float]]:
-        """The packed weights of a group, and its squared error: of rounding to nearest, and of these."""
-        packed: dict[str, PackedIntTensor] = {}
+    def round(self, work: Work, decided: dict[str, PackedIntTensor]) -> tuple[dict[str, PackedIntTensor], tuple[float, float]]:
+        """The packed weights of a group, and its squared error: of rounding to nearest, and of these.
+
+        `decided`: linears whose weight is shared with one that has been rounded before; they take its integers.
+        """
         sums = self._grams(work)
-        by_config: dict[int, list[str]] = {}
+        first: dict[int, str] = {}  # by weight: linears of this group may share one, too
         for inner in work.group.linears:
-            by_config.setdefault(id(self.configs[inner]), []).append(inner)
-        nearest = final = 0.0
+            first.setdefault(id(self.root.get_submodule(join(self.name, inner)).weight), inner)
+        by_config: dict[int, list[str]] = {}
+        for inner in first.values():
+            if inner not in decided:
+                by_config.setdefault(id(self.configs[inner]), []).append(inner)
+        new: dict[str, PackedIntTensor] = {}
+        errors = [(0.0, 0.0)]
         for names in by_config.values():
             config = self.configs[names[0]]
             weights = [self._scaled(inner)[0] for inner in names]
-            codes, scale, zero, errors = rounded(torch.cat(weights), sums, config, config.dtype or self.block.model_dtype)
-            nearest, final = nearest + errors[0], final + errors[1]
+            codes, scale, zero, error = rounded(torch.cat(weights), sums, config, config.dtype or self.block.model_dtype)
+            errors.append(error)
             dense = affine.dequantize(codes, scale, zero, config.group_size, torch.float32)
             sizes = [len(w) for w in weights]
             for inner, c, s, z, d in zip(names, *(t.split(sizes) for t in (codes, scale, zero, dense)), strict=True):
                 self._put(inner, d)
-                packed[join(self.name, inner)] = PackedIntTensor.from_codes(c, s, z, config.bits, config.group_size, config.int8_activations).cpu()
-        return packed, (nearest, final)
+                new[inner] = PackedIntTensor.from_codes(c, s, z, config.bits, config.group_size, config.int8_activations).cpu()
+        for inner in work.group.linears:
+            if inner not in new:
+                source = decided.get(inner)
+                source = source if source is not None else new[first[id(self.root.get_submodule(join(self.name, inner)).weight)]]
+                config, weight, dense = self.configs[inner], self._scaled(inner)[0], source.to(self.block.device).dequantize(torch.float32)
+                errors.append(squared_errors(weight, aim(weight, sums, config), dense.to(weight), sums, config, config.dtype or self.block.model_dtype))
+                self._put(inner, dense)
+                new[inner] = source
+        nearest, final = (sum(both) for both in zip(*errors, strict=True))
+        return {join(self.name, inner): weight for inner, weight in new.items()}, (nearest, final)
 
     def _grams(self, work: Work) -> Grams:
         full = join(self.name, work.group.linears[0])
@@ -110,16 +126,26 @@ class Rounding:
 
 def rounded(w: Tensor, sums: Grams, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
     """Codes, scale and zero of a weight that carries its scales already; its error rounded to nearest, and so."""
-    grid = config.bits, config.group_size
-    wanted = target(w, sums.x, sums.d, config.damping, config.repair) if config.compensate and config.repair else w
+    grid, wanted = (config.bits, config.group_size), aim(w, sums, config)
     scale, zero = affine.choose_qparams(w, *grid, config.symmetric, config.official, dtype)
-    nearest = affine.nearest(w, scale, zero, *grid)
     if config.clip:
         scale, zero = clipped_qparams(wanted, sums.x, *grid, config.symmetric, config.official, dtype)
-    if config.compensate:
+    if config.compensates:
         codes, scale = compensated(wanted, sums.x, scale, zero, *grid, config.damping, config.sweeps)
     else:
         codes = affine.quantize(wanted, scale, zero, *grid)
     final = affine.dequantize(codes, scale, zero, config.group_size, w.dtype)
+    return codes, scale, zero, squared_errors(w, wanted, final, sums, config, dtype)
+
+
+def aim(w: Tensor, sums: Grams, config: QIGWeightOnlyConfig) -> Tensor:
+    """The weight whose outputs on the inputs at hand come nearest to those of full precision."""
+    return target(w, sums.x, sums.d, config.damping, config.repair) if config.compensates and config.repair else w
+
+
+def squared_errors(w: Tensor, wanted: Tensor, final: Tensor, sums: Grams, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> tuple[float, float]:
+    """Of rounding a weight to nearest, and of what it becomes."""
+    grid = config.bits, config.group_size
+    nearest = affine.nearest(w, *affine.choose_qparams(w, *grid, config.symmetric, config.official, dtype), *grid)
     before, after = (float(row_errors(q - wanted, sums.x).sum(dtype=torch.float64)) for q in (nearest, final))
-    return codes, scale, zero, (before, after)
+    return before, after

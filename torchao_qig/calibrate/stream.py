@@ -5,7 +5,7 @@ on pieces of a few samples, and keeps their hidden states on the host (in memory
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,20 @@ class Stream:
         self._added: dict[tuple[int, int], Tensor] = {}
         self._cuttable: bool | None = None
 
+    def twin(self) -> "Stream":
+        """Another stream of the same samples, which starts with the same hidden states."""
+        other = Stream(self.root, self.chain, self.device, self.store)
+        other.pieces = [replace(piece) for piece in self.pieces]
+        other._calls = {number: dict(calls) for number, calls in self._calls.items()}
+        other._added, other._cuttable = self._added, self._cuttable
+        return other
+
+    def empty(self) -> "Stream":
+        """A stream for the same batches as another model runs them: it will cut them alike."""
+        other = Stream(self.root, self.chain, self.device, self.store)
+        other._cuttable = self._cuttable
+        return other
+
     def add(self, batch: Batch, samples_at_once: int | None) -> None:
         """Capture one batch and cut it into pieces."""
         if self.chain.whole_model:
@@ -139,29 +153,24 @@ class Stream:
         call = fresh(cast(call if hidden is None else with_hidden(call, hidden), self.device, None))
         return block(*call.args, **call.kwargs)
 
-    def call(self, piece: Piece, rows: list[int] | None = None, hidden: Any = None) -> Call:
-        """What block `at` is called with for a piece (or some of its samples, or another hidden state), on the compute device."""
+    def call(self, piece: Piece, rows: list[int] | None = None) -> Call:
+        """What block `at` is called with for a piece (or some of its samples), on the compute device."""
         chosen = piece.rows if rows is None else [piece.rows[r] for r in rows]
         call = cut(self._calls[piece.batch][self.at], chosen, piece.size)
         if not self.chain.whole_model:
-            hidden = piece.hidden if hidden is None else hidden
-            call = with_hidden(call, hidden.clone() if rows is None else hidden[rows])  # a block may write into its input
+            call = with_hidden(call, piece.hidden.clone() if rows is None else piece.hidden[rows])  # a block may write into its input
         return cast(call, self.device, None)
 
     def advance(self, piece: Piece, out: Any) -> None:
         """Keep what block `at` returned as the piece's next hidden state."""
-        piece.hidden = self.after(piece, out, piece.hidden)
-
-    def after(self, piece: Piece, out: Any, before: Any) -> Any:
-        """The hidden state, in the store, that follows from what block `at` returned for the one `before`."""
         if self.chain.whole_model or self.at + 1 == len(self.chain.names):
-            return before
-        hidden = first_tensor(out).to(before.dtype)
-        self.store.drop(before)
+            return
+        hidden = first_tensor(out).to(piece.hidden.dtype)
         added = self._added.get((self.at + 1, piece.batch))
         if added is not None:
             hidden = hidden + cut(added, piece.rows, piece.size).to(hidden)
-        return self.store.put(hidden)
+        piece.hidden = None  # its memory is free for the one that follows
+        piece.hidden = self.store.put(hidden)
 
     def next_block(self) -> None:
         for calls in self._calls.values():

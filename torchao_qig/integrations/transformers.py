@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchao_qig._compat import FqnToConfig
+from torchao_qig._compat import FqnToConfig, QuantizeCall
+from torchao_qig.errors import UserError, UserTypeError
 from torchao_qig.tensor import PackedIntTensor
 
 
@@ -48,11 +49,30 @@ def modules_left_alone(model: nn.Module) -> list[str]:
 def _loading_config(model: nn.Module, config: Any) -> Any:
     """The config that a loader should see: an algorithm with steps stands at its last, data is left out."""
     packed = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
+    if isinstance(config, FqnToConfig):
+        return _loading_by_name(model, config, packed)
     if hasattr(config, "for_loading") and not isinstance(config.bits, int):  # each linear has its own
         return FqnToConfig({name: config.at(p.bits).for_loading(p.act_pre_scale is not None) for name, p in packed.items()})
     if hasattr(config, "for_loading"):
         return config.for_loading(any(p.act_pre_scale is not None for p in packed.values()))
     return dataclasses.replace(config, step="prepare_for_loading") if hasattr(config, "step") and hasattr(config, "base_config") else config
+
+
+def _loading_by_name(model: nn.Module, config: FqnToConfig, packed: dict[str, PackedIntTensor]) -> FqnToConfig:
+    """The same for configs by name. An entry of which only some linears have an `act_pre_scale` gets a line for each linear before it."""
+    scaled = {name: p.act_pre_scale is not None for name, p in packed.items()}
+    of_entry: dict[int, dict[str, bool]] = {}
+    for a in QuantizeCall(model, config, None).assignments():
+        if a.fqn in scaled and hasattr(a.config, "for_loading"):
+            of_entry.setdefault(id(a.config), {})[a.fqn] = scaled[a.fqn]
+    entries: dict[str, Any] = {}
+    for key, entry in config.fqn_to_config.items():
+        linears, name = of_entry.get(id(entry), {}), key.removesuffix(".weight")
+        if len(set(linears.values())) > 1 and name not in scaled:
+            entries |= {n: entry.for_loading(with_scale) for n, with_scale in linears.items() if n not in entries}
+        with_scale = scaled.get(name, any(linears.values()))
+        entries[key] = entry.for_loading(with_scale) if hasattr(entry, "for_loading") else entry
+    return FqnToConfig(entries)
 
 
 def describe(model: nn.Module, config: Any) -> None:
@@ -130,12 +150,12 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], config:
         kwargs: passed on to `model.save_pretrained` (max_shard_size, ...).
     """
     if not _is_transformers_model(model):
-        raise TypeError(f"model: save_pretrained is for transformers models, got {type(model).__name__}; use torch.save(model.state_dict()) instead")
+        raise UserTypeError(f"model: save_pretrained is for transformers models, got {type(model).__name__}; use torch.save(model.state_dict()) instead")
     if not has_packed(model):
-        raise ValueError("model: it holds no packed weight; call quantize_(model, config) first, or use model.save_pretrained")
+        raise UserError("model: it holds no packed weight; call quantize_(model, config) first, or use model.save_pretrained")
     config = config if config is not None else _description(model)
     if config is None:
-        raise ValueError("config: cannot tell how the model was quantized; pass the torchao config that you gave to quantize_")
+        raise UserError("config: cannot tell how the model was quantized; pass the torchao config that you gave to quantize_")
     for module in model.modules():  # a part quantized on its own: one description, at the top
         if module is not model and _is_transformers_model(module) and hasattr(module.config, "quantization_config"):
             del module.config.quantization_config

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchao_qig._compat import AnnouncedConfig, FqnToConfig, quantized_weight
+from torchao_qig._compat import FqnToConfig, OurConfig, quantized_weight
+from torchao_qig.errors import UserError
 from torchao_qig.tensor import PackedIntTensor, packing
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def register() -> None:
 
 def is_ours(config: Any) -> bool:
     """Whether a torchao config is one of this package, or an algorithm (AWQ, SmoothQuant) over one."""
-    return isinstance(type(config), AnnouncedConfig) or (hasattr(config, "base_config") and is_ours(config.base_config))
+    return isinstance(config, OurConfig) or (hasattr(config, "base_config") and is_ours(config.base_config))
 
 
 def parts_of(name: str, joined: dict[str, list[str]]) -> list[str]:
@@ -69,7 +70,7 @@ def check_shard(name: str, config: Any, columns: int, whole: int) -> None:
     group_size: int = config.group_size
     border = packing.UNIT if group_size == -1 else math.lcm(packing.UNIT, group_size)
     if columns != whole and columns % border:
-        raise ValueError(
+        raise UserError(
             f"tensor_parallel_size={whole // columns}: {name} has {whole} input features, {columns} in each part, which is no multiple of {border}"
             f" (group_size={group_size}); serve with a smaller tensor_parallel_size, or quantize with a group_size that divides {columns}"
         )
@@ -89,7 +90,7 @@ class Loader:
         try:
             self.load(parameter, loaded, *part, **named_part)
         except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+            raise UserError(f"{self.name}: {error}") from error
         for one in (*part, *named_part.values()) or (None,):  # None: all parts at once
             self.loaded.update(one if isinstance(one, tuple) else (one,))
 
@@ -98,7 +99,7 @@ class Loader:
             loaded = loaded.with_data(lambda t: t, act_pre_scale=torch.ones(loaded.columns, dtype=loaded.dtype, device=loaded.device))
         first, mine = self.act_pre_scale, loaded.act_pre_scale
         if first is not None and (mine is None or not torch.equal(first, mine)):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: vLLM multiplies its parts' input by one act_pre_scale, in the checkpoint they differ;"
                 " quantize with QIGWeightOnlyConfig, which gives linears of one input one scale"
             )
@@ -108,7 +109,7 @@ class Loader:
     def check(self) -> None:
         """All parts have come."""
         if None not in self.loaded and len(self.loaded) < self.parts:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: vLLM found tensors for {len(self.loaded)} of its {self.parts} parts in the checkpoint;"
                 " save with torchao_qig.save_pretrained: model.save_pretrained writes names that vLLM does not look for"
             )
@@ -170,5 +171,5 @@ class PackedConfig(VllmConfig):
         configs = [getattr(getattr(method, "quant_config", None), "torchao_config", None) for method in methods]
         if any(config != configs[0] for config in configs):
             told = ", ".join(f"{part}: {config}" for part, config in zip(parts, configs, strict=True))
-            raise ValueError(f"{prefix}: vLLM computes these as one linear, so they have to be quantized alike, or all left alone; the checkpoint has {told}")
+            raise UserError(f"{prefix}: vLLM computes these as one linear, so they have to be quantized alike, or all left alone; the checkpoint has {told}")
         return PackedLinearMethod(methods[0].quant_config, prefix) if is_ours(configs[0]) else methods[0]

@@ -18,6 +18,8 @@ Activations (`quantize_rows`): every token, a vector along the last dimension, h
 import torch
 from torch import Tensor
 
+from torchao_qig.errors import UserError
+
 OFFICIAL_FLOOR = 1e-5  # the published code's smallest range of a group
 CHUNK = 2**17  # weights that `fake_quantize` works on at a time
 ROW_LEVELS = 127  # of an activation's grid, on each side of zero
@@ -26,11 +28,11 @@ ROW_LEVELS = 127  # of an activation's grid, on each side of zero
 def check_grid(bits: int, group_size: int, symmetric: bool = False) -> None:
     """Refuse a grid that cannot exist, naming the argument."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ValueError(f"bits={bits!r}: pass an integer from 1 to 8")
+        raise UserError(f"bits={bits!r}: pass an integer from 1 to 8")
     if symmetric and bits == 1:
-        raise ValueError("bits=1 with symmetric=True: a symmetric grid needs at least 2 bits; pass symmetric=False or bits=2")
+        raise UserError("bits=1 with symmetric=True: a symmetric grid needs at least 2 bits; pass symmetric=False or bits=2")
     if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size != -1 and (group_size < 16 or group_size % 16)):
-        raise ValueError(f"group_size={group_size!r}: pass a multiple of 16, or -1 for one group per row")
+        raise UserError(f"group_size={group_size!r}: pass a multiple of 16, or -1 for one group per row")
 
 
 def fits(in_features: int, group_size: int) -> bool:
@@ -51,7 +53,7 @@ def _grouped(w: Tensor, group_size: int) -> Tensor:
     """(..., N, K) -> (..., N, G, group)."""
     k = w.shape[-1]
     if not fits(k, group_size):
-        raise ValueError(f"group_size={group_size}: does not divide the {k} input features; pass a divisor of {k} or -1")
+        raise UserError(f"group_size={group_size}: does not divide the {k} input features; pass a divisor of {k} or -1")
     return w.unflatten(-1, (-1, group_width(k, group_size)))
 
 

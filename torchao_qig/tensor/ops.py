@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from torchao_qig.errors import UserError
 from torchao_qig.tensor import packing
 from torchao_qig.tensor.packed import FLAGS, PackedIntTensor
 
@@ -49,7 +50,7 @@ def _slice(w: PackedIntTensor, dim: int = 0, start: int | None = None, end: int 
     size = w.shape[dim]
     start, end, step = slice(start, end, step).indices(size)
     if step != 1 or start >= end:
-        raise ValueError(f"slice {start}:{end}:{step} of dimension {dim}: a packed weight can be cut in steps of 1 and not to nothing")
+        raise UserError(f"slice {start}:{end}:{step} of dimension {dim}: a packed weight can be cut in steps of 1 and not to nothing")
     where = _stored_dim(w, dim)
     if (start, end) == (0, size):
         return w.with_data(_same)
@@ -60,7 +61,7 @@ def _slice(w: PackedIntTensor, dim: int = 0, start: int | None = None, end: int 
         return w.with_data(_same, **changes, act_pre_scale=pre_scale)
     border = packing.TILE if where == "rows" else _border(w)
     if start % border or (end % border and end != size):
-        raise ValueError(
+        raise UserError(
             f"slice {start}:{end} of dimension {dim}: packed {where} can be cut at multiples of {border} only"
             f" (group_size={w.group_size}); use such a border, or dequantize() first"
         )
@@ -81,7 +82,7 @@ def _slice(w: PackedIntTensor, dim: int = 0, start: int | None = None, end: int 
 def _select(w: PackedIntTensor, dim: int, index: int) -> PackedIntTensor:
     where = _stored_dim(w, dim)
     if not isinstance(where, int):
-        raise ValueError(f"select on dimension {dim}: single {where} of a packed weight cannot be viewed; use dequantize()")
+        raise UserError(f"select on dimension {dim}: single {where} of a packed weight cannot be viewed; use dequantize()")
     one = _slice(w, where, index % w.shape[where], index % w.shape[where] + 1)
     pre_scale = one.act_pre_scale
     if pre_scale is not None and pre_scale.dim() == w.dim():
@@ -96,7 +97,7 @@ def _reshape(w: PackedIntTensor, *shape: Any) -> PackedIntTensor:
         known = math.prod(n for n in wanted if n != -1)
         wanted[wanted.index(-1)] = w.numel() // known
     if wanted != list(w.shape):
-        raise ValueError(f"view {wanted}: a packed weight of shape {tuple(w.shape)} cannot change its shape; use dequantize()")
+        raise UserError(f"view {wanted}: a packed weight of shape {tuple(w.shape)} cannot change its shape; use dequantize()")
     return w.with_data(_same)
 
 
@@ -112,7 +113,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     w, count = args[0], args[0].dim()
     dims = [d % count for d in args[1]]
     if sorted(dims) != list(range(count)) or dims[:-2] != list(range(count - 2)):
-        raise ValueError(f"permute({list(args[1])}): only the last two dimensions of a packed weight can be exchanged")
+        raise UserError(f"permute({list(args[1])}): only the last two dimensions of a packed weight can be exchanged")
     return return_and_correct_aliasing(func, args, kwargs, w.flipped() if dims[-1] < dims[-2] else w.with_data(_same))
 
 
@@ -120,7 +121,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     w, a, b = args
     if {a % w.dim(), b % w.dim()} != {w.dim() - 2, w.dim() - 1} and a % w.dim() != b % w.dim():
-        raise ValueError(f"transpose({a}, {b}): only the last two dimensions of a packed weight can be exchanged")
+        raise UserError(f"transpose({a}, {b}): only the last two dimensions of a packed weight can be exchanged")
     result = w.with_data(_same) if a % w.dim() == b % w.dim() else w.flipped()
     return return_and_correct_aliasing(func, args, kwargs, result)
 
@@ -151,14 +152,14 @@ def _alike(tensors: Sequence[PackedIntTensor], names: Sequence[str], op: str) ->
     for t in tensors[1:]:
         for name in names:
             if getattr(t, name) != getattr(tensors[0], name):
-                raise ValueError(f"{op}: {name} differs: {getattr(tensors[0], name)} and {getattr(t, name)}")
+                raise UserError(f"{op}: {name} differs: {getattr(tensors[0], name)} and {getattr(t, name)}")
 
 
 def _common(tensors: Sequence[PackedIntTensor], name: str, op: str) -> Tensor | None:
     """A tensor that all must share."""
     values = [getattr(t, name) for t in tensors]
     if any((v is None) != (values[0] is None) for v in values) or (values[0] is not None and any(not torch.equal(v, values[0]) for v in values)):
-        raise ValueError(f"{op}: the tensors have different {name}; join them after dequantize()")
+        raise UserError(f"{op}: the tensors have different {name}; join them after dequantize()")
     return values[0]
 
 
@@ -166,7 +167,7 @@ def _common(tensors: Sequence[PackedIntTensor], name: str, op: str) -> Tensor | 
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
     tensors, dim = (*args, *kwargs.values(), 0)[:2]
     if not all(isinstance(t, PackedIntTensor) for t in tensors):
-        raise ValueError("cat: packed weights can only be joined with packed weights; dequantize() first")
+        raise UserError("cat: packed weights can only be joined with packed weights; dequantize() first")
     first = tensors[0]
     _alike(tensors, ("bits", "group_size", *FLAGS, "dtype"), "cat")
     where = _stored_dim(first, dim)
@@ -178,7 +179,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
     _alike(tensors, ("columns" if where == "rows" else "rows",), "cat")
     border, sizes = packing.TILE if where == "rows" else _border(first), [t.shape[dim] for t in tensors]
     if any(n % border for n in sizes[:-1]):
-        raise ValueError(f"cat: {where} {sizes}: all but the last must be multiples of {border} (group_size={first.group_size})")
+        raise UserError(f"cat: {where} {sizes}: all but the last must be multiples of {border} (group_size={first.group_size})")
     if where == "rows":
         joined = {name: torch.cat([getattr(t, name) for t in tensors], -3 if name == "qdata" else -1) for name in names}
         return first.with_data(_same, **joined, rows=sum(sizes), act_pre_scale=_common(tensors, "act_pre_scale", "cat"))
@@ -195,7 +196,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
     tensors, dim = (*args, *kwargs.values(), 0)[:2]
     if not all(isinstance(t, PackedIntTensor) for t in tensors) or not 0 <= dim <= tensors[0].dim() - 2:
-        raise ValueError(f"stack: packed weights can be stacked with each other in front of rows and columns; got dim={dim}")
+        raise UserError(f"stack: packed weights can be stacked with each other in front of rows and columns; got dim={dim}")
     _alike(tensors, ("bits", "group_size", *FLAGS, "dtype", "shape"), "stack")
     joined = {name: torch.stack([getattr(t, name) for t in tensors], dim) for name in ("qdata", "scale", "zero_point")}
     return tensors[0].with_data(_same, **joined, act_pre_scale=_common(tensors, "act_pre_scale", "stack"))
@@ -206,7 +207,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
 
 def _cast(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     if not dtype.is_floating_point:
-        raise ValueError(f"to({dtype}): a packed weight takes a floating-point dtype, that of its scale")
+        raise UserError(f"to({dtype}): a packed weight takes a floating-point dtype, that of its scale")
     return lambda t: t.to(dtype) if t.is_floating_point() else t
 
 
@@ -229,14 +230,14 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
     w, source = args[:2]
     if not isinstance(w, PackedIntTensor):
-        raise ValueError("copy_: cannot copy a packed weight into a float tensor; dequantize() it first")
+        raise UserError("copy_: cannot copy a packed weight into a float tensor; dequantize() it first")
     if not isinstance(source, PackedIntTensor):
-        raise ValueError("copy_: cannot copy a float tensor into a packed weight; quantize it first, or load with assign=True")
+        raise UserError("copy_: cannot copy a float tensor into a packed weight; quantize it first, or load with assign=True")
     for name in (*w.tensor_attribute_names, *FLAGS, "shape"):
         if getattr(w, name) != getattr(source, name):
-            raise ValueError(f"copy_: {name} differs: {getattr(w, name)} here, {getattr(source, name)} in the source")
+            raise UserError(f"copy_: {name} differs: {getattr(w, name)} here, {getattr(source, name)} in the source")
     if (w.act_pre_scale is None) != (source.act_pre_scale is None):
-        raise ValueError("copy_: act_pre_scale exists on one side only")
+        raise UserError("copy_: act_pre_scale exists on one side only")
     for mine, other in zip(w.data_tensors(), source.data_tensors(), strict=True):
         mine.copy_(other)
     return w

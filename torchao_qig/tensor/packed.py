@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
+from torchao_qig.errors import UserError
 from torchao_qig.tensor import affine, linear, packing
 
 DATA = ("qdata", "scale", "zero_point")
@@ -102,11 +103,11 @@ class PackedIntTensor(TorchAOBaseTensor):
         """Round a dense weight (..., rows, columns) to nearest; `dtype` is that of the result (by default the weight's)."""
         affine.check_grid(bits, group_size, symmetric)
         if not weight.is_floating_point():
-            raise ValueError(f"weight.dtype={weight.dtype}: only floating-point weights can be quantized")
+            raise UserError(f"weight.dtype={weight.dtype}: only floating-point weights can be quantized")
         if weight.dim() < 2 or 0 in weight.shape:
-            raise ValueError(f"weight.shape={tuple(weight.shape)}: need a non-empty matrix or a stack of them")
+            raise UserError(f"weight.shape={tuple(weight.shape)}: need a non-empty matrix or a stack of them")
         if not weight.is_meta and not torch.isfinite(weight).all():
-            raise ValueError("the weight contains NaN or infinity; repair or exclude this layer")
+            raise UserError("the weight contains NaN or infinity; repair or exclude this layer")
         scale, zero = affine.choose_qparams(weight, bits, group_size, symmetric, official, dtype)
         return cls.from_codes(affine.quantize(weight, scale, zero, bits, group_size), scale, zero, bits, group_size, int8_activations)
 
@@ -151,13 +152,11 @@ class PackedIntTensor(TorchAOBaseTensor):
     def _check(self, layout_version: int) -> None:
         """What a file could get wrong, so that it never becomes a wrong weight."""
         if layout_version != packing.LAYOUT:
-            raise ValueError(
-                f"layout_version={layout_version}: this version reads packing layout {packing.LAYOUT}; install the torchao_qig that wrote the file"
-            )
+            raise UserError(f"layout_version={layout_version}: this version reads packing layout {packing.LAYOUT}; install the torchao_qig that wrote the file")
         affine.check_grid(self.bits, self.group_size)
         tiles, units = packing.padded(self.rows, packing.TILE) // packing.TILE, packing.padded(self.columns, packing.UNIT) // packing.UNIT
         if self.qdata.dtype != torch.int32 or tuple(self.qdata.shape[-4:]) != (self.bits, tiles, units, packing.TILE):
-            raise ValueError(
+            raise UserError(
                 f"qdata: expected int32 (..., {self.bits}, {tiles}, {units}, {packing.TILE}) for {self.bits} bits and"
                 f" {self.rows} x {self.columns} weights, got {self.qdata.dtype} {tuple(self.qdata.shape)}"
             )
@@ -165,14 +164,14 @@ class PackedIntTensor(TorchAOBaseTensor):
         stored = (*self.qdata.shape[:-4], groups, tiles * packing.TILE)
         for name in ("scale", "zero_point"):
             if tuple(getattr(self, name).shape) != tuple(stored):
-                raise ValueError(f"{name}: expected shape {tuple(stored)}, got {tuple(getattr(self, name).shape)}")
+                raise UserError(f"{name}: expected shape {tuple(stored)}, got {tuple(getattr(self, name).shape)}")
 
     def _verify(self, checksum: int) -> None:
         if self.int8_activations and not self.qdata.is_meta:
             _check_integers(self.bits, packing.unpack_groups(self.zero_point, self.group_size, self.rows, self.columns))
         actual = self.checksum
         if actual is not None and actual != checksum:
-            raise ValueError(f"the packed weight's data is damaged (checksum {actual:#010x}, the file says {checksum:#010x}); get the file again")
+            raise UserError(f"the packed weight's data is damaged (checksum {actual:#010x}, the file says {checksum:#010x}); get the file again")
 
     def with_data(self, fn: Callable[[Tensor], Tensor], **changes: Any) -> "PackedIntTensor":
         """The same tensor with `fn` applied to its data, and with some attributes replaced."""
@@ -227,7 +226,7 @@ class PackedIntTensor(TorchAOBaseTensor):
 
 def _check_integers(bits: int, zero: Tensor) -> None:
     if bits == 8 and bool((zero != 128).any()):
-        raise ValueError("int8_activations=True: 8-bit weights must be symmetric, since code - zero has to fit 8 bits; pass symmetric=True")
+        raise UserError("int8_activations=True: 8-bit weights must be symmetric, since code - zero has to fit 8 bits; pass symmetric=True")
 
 
 PackedIntTensor.__setstate__ = PackedIntTensor._restore  # torchao's base class sets its own when the class is made

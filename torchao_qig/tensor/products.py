@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchao_qig.errors import UserError
 from torchao_qig.tensor import int8, linear
 from torchao_qig.tensor.packed import PackedIntTensor
 
@@ -19,9 +20,9 @@ implements_torch_function = PackedIntTensor.implements_torch_function
 def apply_linear(x: Tensor, w: PackedIntTensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` with a packed weight, for any leading shape of x."""
     if w.dim() != 2 or w.transposed:
-        raise ValueError(f"linear: need a (rows, columns) weight, got shape {tuple(w.shape)}, transposed={w.transposed}; select one matrix first")
+        raise UserError(f"linear: need a (rows, columns) weight, got shape {tuple(w.shape)}, transposed={w.transposed}; select one matrix first")
     if x.dim() < 1 or x.shape[-1] != w.columns:
-        raise ValueError(f"linear: input of shape {tuple(x.shape)} does not end in the weight's {w.columns} columns")
+        raise UserError(f"linear: input of shape {tuple(x.shape)} does not end in the weight's {w.columns} columns")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if w.act_pre_scale is not None:
