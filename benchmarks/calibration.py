@@ -10,7 +10,6 @@ all samples) above the smallest loss there; the largest over groups.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import transformers as hf
 import torchao_qig
 from benchmarks.timing import machine, write
 from torchao_qig import QIGWeightOnlyConfig
+from torchao_qig.system import peak_host_bytes
 
 HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 896, 4864, 14, 2, 1000
 CONFIGS = {
@@ -74,9 +74,9 @@ def one(mode: str, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, An
     plain = build(1, torch.float32)
     units = unit(plain, ids)
     model = build(args.layers, dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_host_bytes()
     found = torchao_qig.calibrate(model, [{"input_ids": ids}], CONFIGS[mode]())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_host_bytes()
     units += unit(plain, ids)
     first, *later = found.stats["block_seconds"]
     groups = {label: {"winner": g.winner, "losses": g.losses} for label, g in found.groups.items()}

@@ -13,7 +13,6 @@ import argparse
 import copy
 import importlib.metadata
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from recipes.methods import METHODS, calibration_batches
 from recipes.small_lvlm.data import chosen
 from recipes.small_lvlm.model import load
 from torchao_qig import PackedIntWeightOnlyConfig
+from torchao_qig.system import peak_host_bytes
 
 DECODER = "model.language_model.layers."
 Batches = list[dict[str, Tensor]]
@@ -136,16 +136,16 @@ def one(tool: str, setting: str, seed: int, pictures: int) -> dict[str, Any]:
     tokenizer, model = load()
     data = calibration_batches(tokenizer, 128, seed)
     full = copy.deepcopy(model)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_host_bytes()
     start = time.perf_counter()
     model = TOOLS[tool](model, data, **SETTINGS[setting])
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_host_bytes()
     asked = batches(chosen("test", pictures), tokenizer)
     reference: list[Tensor] = []
     answer(full, asked, keep=reference, progress=False)
     found = scores(answer(model.eval().float(), asked, reference, progress=False))
-    return {"tool": tool, "setting": setting, "seconds": seconds, "mb_above_the_model": (peak - before) / 1024, **found}
+    return {"tool": tool, "setting": setting, "seconds": seconds, "mb_above_the_model": (peak - before) / 2**20, **found}
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ Qwen2s of two blocks with random weights. Every row runs in a process of its own
 
 import argparse
 import json
-import resource
+import mmap
 import subprocess
 import sys
 import time
@@ -20,6 +20,7 @@ import transformers as hf
 import torchao_qig
 from benchmarks.timing import machine, write
 from torchao_qig import QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.system import peak_host_bytes
 
 SHAPES = {"512 / 1408": (512, 1408), "896 / 4864": (896, 4864)}
 AMOUNTS = {"8 x 256": (8, 256), "32 x 512": (32, 512)}
@@ -32,7 +33,7 @@ CONFIGS: dict[str, Any] = {
 
 def resident() -> int:
     """Bytes of memory that the process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def one(shape: str, amount: str, name: str, threads: int) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def one(shape: str, amount: str, name: str, threads: int) -> dict[str, Any]:
     before, start = resident(), time.perf_counter()
     torchao_qig.calibrate(model, batches, chosen)
     took = time.perf_counter() - start
-    grown = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    grown = max(0, peak_host_bytes() - before)
     return {"said_bytes": said.device_bytes + said.host_bytes, "bytes": grown, "said_seconds": said.seconds, "seconds": took}
 
 

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from safetensors import SafetensorError
+
+from torchao_qig.errors import UserError
+from torchao_qig.lvlm.check import BrokenModel
+from torchao_qig.system import out_of_memory
 
 app = typer.Typer(help="Vision-language models at 3 or 4 bits.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 RECIPES = ("PIL", "datasets", "matplotlib", "sklearn", "num2words", "jinja2", "markupsafe")  # what the extra `recipes` brings
@@ -27,7 +32,7 @@ def _fail(code: int, text: object) -> NoReturn:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Errors that a person can do something about, as one line and a code."""
+    """Errors that a person can do something about, as one line and a code; others keep their traceback."""
     try:
         with _needing():
             yield
@@ -36,26 +41,21 @@ def _told() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail(130, "interrupted; `quantize --resume` continues after the last whole block")
     except Exception as error:
-        if os.environ.get("TORCHAO_QIG_TRACEBACK"):
-            raise
-        code = _code(error)
+        code = None if os.environ.get("TORCHAO_QIG_TRACEBACK") else _code(error)
         if code is None:
             raise
         _fail(code, f"{error} (out of memory: fewer --tokens or --samples, --device cpu, or max_host_memory)" if code == 5 else error)
 
 
 def _code(error: Exception) -> int | None:
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-        return 5
-    if type(error).__name__ == "BrokenModel":
-        return 3
-    if isinstance(error, FileNotFoundError) and "=" in str(error):  # ours name the argument
+    """None for what nobody but us can mend."""
+    if isinstance(error, UserError):
         return 2
-    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-        return 4
-    return 2 if isinstance(error, (ValueError, TypeError, LookupError)) else None
+    if isinstance(error, BrokenModel):
+        return 3
+    if out_of_memory(error):
+        return 5
+    return 4 if isinstance(error, (OSError, SafetensorError)) else None
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def evaluate(
 @app.command()
 def bench(
     model: Annotated[str, typer.Argument(help="directory that quantize wrote")],
-    against: Annotated[str | None, typer.Option(help="the full-precision model, measured in bfloat16")] = None,
+    against: Annotated[str | None, typer.Option(help="the full-precision model")] = None,
     image: Annotated[str | None, typer.Option(help="a picture to ask about")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="about so many, more where the picture takes more")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
@@ -178,12 +178,16 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     device: Annotated[str | None, typer.Option(help="the accelerator if there is one")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
+    against_dtype: Annotated[str, typer.Option(help="of the full-precision model; auto: as stored")] = "bfloat16",
 ) -> None:
     """Tokens per second, time to the first token, memory, size; the model card is brought up to date."""
     with _told():
         from torchao_qig.lvlm.bench import run
 
-        options = dict(image=image, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, threads=threads, device=device, compiled=compiled)
+        options = dict(
+            image=image, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, threads=threads, device=device, compiled=compiled,
+            against_dtype=against_dtype,
+        )  # fmt: skip
         typer.echo(run(model, against, **options))
 
 

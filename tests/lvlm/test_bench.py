@@ -21,6 +21,7 @@ from torchao.quantization import quantize_
 import torchao_qig
 from tests import tiny_dirs, tiny_models
 from torchao_qig import PackedIntWeightOnlyConfig
+from torchao_qig.errors import UserError
 from torchao_qig.lvlm import bench, serve
 from torchao_qig.lvlm.card import bench_table
 from torchao_qig.lvlm.load import load_model
@@ -93,8 +94,15 @@ def test_what_a_process_does(full: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_failed_process_says_why(tmp_path: Path) -> None:
     directory = tiny_dirs.directory("qwen2", tmp_path / "text")
     (directory / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(RuntimeError, match=r"(?s)ended with code 1; the last it said:\n.*cannot load its weights"):
+    with pytest.raises(UserError, match=r"^model='.*text': cannot load its weights"):
         bench.bench(directory, device="cpu", compiled=False)
+
+
+def test_a_process_that_breaks_says_its_last_words(full: Path, tmp_path: Path) -> None:
+    """A picture that is none is only found by the process."""
+    (tmp_path / "none.png").write_text("no picture")
+    with pytest.raises(RuntimeError, match=r"(?s)ended with code 1; the last it said:\n.*cannot identify image file"):
+        bench.bench(full, device="cpu", compiled=False, image=tmp_path / "none.png")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +115,7 @@ def test_a_failed_process_says_why(tmp_path: Path) -> None:
         ({"repeats": 0}, ValueError, "repeats=0: pass at least 1"),
         ({"prompt_tokens": 0}, ValueError, "prompt_tokens=0"),
         ({"threads": -2}, ValueError, "threads=-2"),
+        ({"device": "gpu0"}, UserError, "device='gpu0'"),
     ],
 )
 def test_errors_come_before_any_process(full: Path, options: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Recipes: layers, files, and what is refused."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchao_qig import QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.errors import UserError
 from torchao_qig.lvlm.recipe import Recipe, keys, read, recipe
 
 KEYS: dict[str, st.SearchStrategy[Any]] = {
@@ -95,3 +97,28 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 def test_missing() -> None:
     with pytest.raises(ValueError, match=r"model, calib: not given; pass MODEL, --calib, or --config"):
         Recipe(output="out").needs("model", "calib", "output")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 20) | st.floats() | st.sampled_from(["", "auto", "cpu", "qig", "float32", "3", "x"]) | st.dates(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", 1, "visual"]), inner, max_size=2), max_leaves=3,
+)  # fmt: skip
+
+
+@given(st.booleans(), st.dictionaries(st.sampled_from(sorted({*keys(), *keys(True)})), VALUES, max_size=3))
+def test_wrong_values_are_errors_of_users(int8: bool, found: dict[str, Any]) -> None:
+    """Whatever YAML can hold, under whatever key: a recipe, or an error that a user can mend."""
+    with suppress(UserError):
+        recipe({"int8_activations": int8, **{key: value for key, value in found.items() if key in keys(int8)}})
+
+
+REFUSED = [
+    ("seed", "x"), ("seed", True), ("seed", []), ("max_length", 0), ("max_length", "x"), ("int8_activations", "yes"), ("max_kl", float("nan")),
+    ("modules", 3), ("modules", False), ("modules", {"visual": 1}), ("modules", [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", REFUSED)
+def test_wrong_values(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"^{key}="):
+        recipe({key: value})

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from torchao_qig.errors import UserError, UserFileError
 from torchao_qig.lvlm.messages import as_messages
 from torchao_qig.lvlm.mixes import few_shot, interleaved
 from torchao_qig.lvlm.pictures import BadRow, located, opened
@@ -419,29 +420,42 @@ def test_details_are_short(text: str, more: int) -> None:
     assert short == detail or (between and len(detail) > 110 and detail.startswith(begin) and detail.endswith(end) and len(begin) >= 40 and len(end) >= 40)
 
 
-ERRORS = [
-    (json.JSONDecodeError("path='x': odd", "{", 1), ValueError, "calib='x': odd: line 1"),
-    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "path=1"), ValueError, "calib=1"),
-    (BadRow("path=3", "odd"), ValueError, "calib=3: odd"),
-    (FileNotFoundError("path='x': no path=y"), FileNotFoundError, "calib='x': no path=y"),
-]
-
-
-@pytest.mark.parametrize(("error", "kind", "words"), ERRORS)
-def test_errors_speak_of_the_argument(error: Exception, kind: type, words: str) -> None:
-    """Whatever their own constructors take."""
+@pytest.mark.parametrize("kind", [UserError, UserFileError])
+def test_errors_speak_of_the_argument(kind: type[UserError]) -> None:
+    error = kind("path='x': no path=y", "path")
     with pytest.raises(kind) as caught, called("calib"):
         raise error
     assert type(caught.value) is kind
-    assert words in str(caught.value)
+    assert str(caught.value) == "calib='x': no path=y"
+    assert caught.value.argument == "calib"
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [ModuleNotFoundError("path='x': needs datasets", name="datasets"), KeyError("path=")])
+OTHERS = [
+    ModuleNotFoundError("path='x': needs datasets", name="datasets"), KeyError("path="), ValueError("path='x': of another"), FileNotFoundError("path='x'"),
+    UserFileError("images='path=': no such folder"), BadRow("path=3", "odd"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", OTHERS)
 def test_other_errors_pass(error: Exception) -> None:
+    """What their text says counts for nothing."""
     with pytest.raises(type(error)) as caught, called("calib"):
         raise error
     assert caught.value is error
+
+
+DAMAGED = {"parquet": b"PAR1 and no more", "arrow": b"ARROW1 and no more"}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_data_sets(kind: str, tmp_path: Path) -> None:
+    """Whatever the datasets package raises for them."""
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes(DAMAGED[kind])
+    with pytest.raises(UserError, match=f"^path='rows.{kind}': the datasets package cannot load it") as caught:
+        read_samples(path)
+    assert caught.value.argument == "path"
 
 
 @given(st.lists(st.sampled_from(["..", ".", "a", "", "b.png"]), min_size=1, max_size=6).map("/".join))

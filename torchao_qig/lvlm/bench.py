@@ -15,8 +15,6 @@ import json
 import math
 import os
 import platform
-import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -31,8 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from torchao_qig import PackedIntTensor
-from torchao_qig.lvlm import card, serve
-from torchao_qig.lvlm.load import bytes_on_disk, load_model, load_processor
+from torchao_qig.errors import UserError, UserFileError
+from torchao_qig.lvlm import card, command, serve
+from torchao_qig.lvlm.load import bytes_on_disk, device_of, load_model, load_processor
+from torchao_qig.system import peak_host_bytes
 
 RATIOS = ("decode_tokens_per_second", "prefill_tokens_per_second", "first_token_seconds", "bytes_on_disk", "peak_bytes")
 FILLER = "Look at it again. "
@@ -40,14 +40,8 @@ SHOWN = 15  # lines of a failed process's errors
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Of this process. Linux hands a process's ru_maxrss on to the one that it starts; VmHWM begins anew."""
-    if device.type != "cpu":
-        return int(torch.accelerator.max_memory_allocated(device))
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    kib = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib * 1024 if kib is not None else used * (1 if sys.platform == "darwin" else 1024)
+    """Of this process."""
+    return peak_host_bytes() if device.type == "cpu" else int(torch.accelerator.max_memory_allocated(device))
 
 
 def device_name(device: torch.device) -> str:
@@ -116,9 +110,9 @@ class _Process:
         self.errors = Path(self.cache.name) / "stderr"
         threads_of_libraries = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         environment = {**os.environ, **threads_of_libraries, "TORCHINDUCTOR_CACHE_DIR": self.cache.name, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        command = [sys.executable, "-m", "torchao_qig.lvlm.bench", str(directory), "--json", "--dtype", dtype, *options]
+        words = [sys.executable, "-m", "torchao_qig.lvlm.bench", str(directory), "--json", "--dtype", dtype, *options]
         with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+            self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
 
     def hear(self) -> dict[str, Any]:
         assert self.process.stdout
@@ -127,7 +121,10 @@ class _Process:
             code = self.process.wait()
             last = "\n".join(self.errors.read_text(errors="replace").splitlines()[-SHOWN:])
             raise RuntimeError(f"{self.directory}: the process that measured it ended with code {code}; the last it said:\n{last}")
-        return dict(json.loads(line))
+        facts = dict(json.loads(line))
+        if "error" in facts:
+            raise UserError(facts["error"])
+        return facts
 
     def round(self) -> dict[str, Any]:
         assert self.process.stdin
@@ -156,7 +153,7 @@ class _Process:
 def _directory(argument: str, name: str | os.PathLike[str]) -> Path:
     path = Path(name).expanduser()
     if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{argument}={str(name)!r}: no checkpoint there; pass a directory that save_pretrained or torchao-qig quantize wrote")
+        raise UserFileError(f"{argument}={str(name)!r}: no checkpoint there; pass a directory that save_pretrained or torchao-qig quantize wrote")
     return path
 
 
@@ -188,12 +185,12 @@ def bench(
     """
     for name, value, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 2), ("repeats", repeats, 1), ("threads", threads or 1, 1)):
         if value < least:
-            raise ValueError(f"{name}={value}: pass at least {least}")
+            raise UserError(f"{name}={value}: pass at least {least}")
     wanted = [(_directory("model", directory), "auto")] + ([(_directory("against", against), against_dtype)] if against is not None else [])
     if image is not None and not Path(image).is_file():
-        raise FileNotFoundError(f"image={str(image)!r}: no such file")
+        raise UserFileError(f"image={str(image)!r}: no such file")
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    place = torch.device(device or found or "cpu")
+    place = device_of(str(device)) if device else found or torch.device("cpu")
     if compiled:
         serve.check_compiler(place)
     options = {"prompt-tokens": prompt_tokens, "new-tokens": new_tokens, "threads": threads, "device": place, "image": image}
@@ -219,9 +216,12 @@ def bench(
             "first_token_seconds": first, "prefill_tokens_per_second": facts[i]["prompt_tokens"] / first, "decode_tokens_per_second": decode, **peaks[i],
         })  # fmt: skip
     ratios = {key: rows[0][key] / rows[1][key] if rows[1][key] else math.nan for key in RATIOS} if len(rows) > 1 else {}
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    settings = {"new_tokens": new_tokens, "repeats": repeats, "compiled": compiled}
-    return {"rows": rows, "ratios": ratios, **settings, "command": command, "date": date.today().isoformat(), "machine": facts[0]["machine"]}
+    asked = dict(
+        against=against, image=image, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, threads=threads, device=device, compiled=compiled,
+        against_dtype=against_dtype,
+    )  # fmt: skip
+    settings = {"new_tokens": new_tokens, "repeats": repeats, "compiled": compiled, "command": command.called("bench", bench, directory, asked)}
+    return {"rows": rows, "ratios": ratios, **settings, "date": date.today().isoformat(), "machine": facts[0]["machine"]}
 
 
 def run(model: str, against: str | None = None, **options: Any) -> str:
@@ -248,7 +248,11 @@ def main() -> None:
     def say(facts: dict[str, Any]) -> None:
         print(json.dumps(facts), file=out, flush=True)
 
-    _child(args, say)
+    try:
+        _child(args, say)
+    except UserError as error:
+        say({"error": str(error)})
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchao_qig.calibrate.estimate import size_text
+from torchao_qig.errors import UserError
 from torchao_qig.lvlm.load import auto_class, load_config
 
 BENCH = ("model", "weights", "on disk", "load, s", "warm-up, s", "first token, s", "prefill, tokens/s", "decode, tokens/s", "peak memory")
@@ -15,7 +16,10 @@ SHOWN = ("bits", "group_size", "symmetric", "int8_activations", "budget", "modul
 
 def _read(directory: Path, name: str) -> Any:
     path = directory / "qig" / name
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"file={str(path)!r}: not JSON ({error}); run the command that wrote it again, or delete it") from error
 
 
 def _with_interval(value: Any, form: str, factor: float = 1.0) -> str:

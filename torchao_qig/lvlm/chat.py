@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torchao_qig.errors import UserError
 from torchao_qig.lvlm.messages import Messages, pictures_of
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # templates that mark answers themselves
@@ -48,7 +49,7 @@ class Chat:
                 continue
             if PROBE.lower() in text.lower() and "'type'" not in text and '"type"' not in text:
                 return content != PROBE
-        raise ValueError(
+        raise UserError(
             f"{type(self.processor).__name__}: its chat template takes a message neither as parts nor as text: {error}; set processor.chat_template"
         )
 
@@ -83,7 +84,7 @@ class Chat:
         """What the model takes for these chats, padded."""
         images = [pictures_of(chat) for chat in chats]
         if any(images) and not self.sees:
-            raise ValueError(f"{type(self.processor).__name__} has no image processor; pass the model's processor, or samples without images")
+            raise UserError(f"{type(self.processor).__name__} has no image processor; pass the model's processor, or samples without images")
         with _padding(self.tokenizer):
             if self.plain:
                 return dict(self._process([self.text(chat) for chat in chats], images))
@@ -125,7 +126,7 @@ class Chat:
                 errors.append(f"{name}={self.place!r}: {error}")
         self.place = ""
         why = "; ".join(errors) or "it names no image token"
-        raise ValueError(f"{type(self.processor).__name__} has no chat template, and takes no picture in plain text: {why}. Set processor.chat_template")
+        raise UserError(f"{type(self.processor).__name__} has no chat template, and takes no picture in plain text: {why}. Set processor.chat_template")
 
     def grown(self, messages: Messages, ids: list[int]) -> Counter[int]:
         """Tokens that pictures brought: those that are more often in the chat than in its words."""
@@ -153,7 +154,7 @@ class Chat:
                 first = self._position(messages, i, (start, last), ids, len(words) - lo)
                 hi = self._end(words, lo, hi)
                 if lo >= hi or ids[first : first + hi - lo] != words[lo:hi]:
-                    raise ValueError(f"the template hides where the answer of turn {i + 1} is; pass answers=False to do without labels")
+                    raise UserError(f"the template hides where the answer of turn {i + 1} is; pass answers=False to do without labels")
                 mask[first : first + hi - lo] = [True] * (hi - lo)
         return mask
 
@@ -166,7 +167,7 @@ class Chat:
             start, at = whole.find(said[0], since), whole.find(said[-1], since)  # a template that writes the past otherwise: the words themselves
             end = at + len(said[-1])
             if start < 0 or at < start:
-                raise ValueError(f"the template does not write the answer of turn {i + 1} as it is; pass answers=False to do without labels")
+                raise UserError(f"the template does not write the answer of turn {i + 1} as it is; pass answers=False to do without labels")
         stop = self.tokenizer.eos_token
         if stop and (at := whole.rfind(stop, start + len(said[-1]), end)) >= 0:
             end = at + len(stop)  # what follows is never generated

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchao_qig.errors import UserError
 from torchao_qig.lvlm.chat import Chat
 from torchao_qig.lvlm.messages import Messages
 from torchao_qig.lvlm.pictures import BadRow, opened
@@ -97,6 +98,8 @@ def _measure(chat: Chat, sample: Sample, answers: bool, max_length: int | None, 
         mask = chat.answers(messages, ids) if answers else None
     except BadRow:
         raise
+    except UserError as error:
+        raise BadRow("refused by the processor", str(error)) from error
     except Exception as error:  # templates and processors refuse in many ways
         reason = str(error).strip().splitlines()
         raise BadRow("refused by the processor", f"{type(error).__name__}: {reason[0][:200] if reason else 'no reason given'}") from error
@@ -131,7 +134,7 @@ def calibration_batches(samples: Sequence[Sample], processor: Any, *, tokens: in
     """
     for name, value in (("tokens", tokens), ("max_length", max_length)):
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
+            raise UserError(f"{name}={value}: must be at least 1")
     chat = Chat(processor)
     found: dict[int, Measured] = {}
     skipped: dict[str, list[str]] = {}
@@ -150,7 +153,7 @@ def calibration_batches(samples: Sequence[Sample], processor: Any, *, tokens: in
         del found[i]
         skip(i, BadRow("text holds the picture token", "the model would look for another picture"))
     if not found:
-        raise ValueError(f"samples: none of {len(samples)} can be used with {type(processor).__name__}: {told(skipped) or 'there are none'}")
+        raise UserError(f"samples: none of {len(samples)} can be used with {type(processor).__name__}: {told(skipped) or 'there are none'}")
 
     # With and without pictures apart: not every processor takes both at once.
     groups = [[i for i, one in found.items() if bool(one.pictures) is has] for has in (True, False)]
@@ -169,7 +172,7 @@ def _made(chat: Chat, samples: Sequence[Sample], found: dict[int, Measured], row
         real = batch["attention_mask"] != 0 if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
         for i, row, mask in zip(rows, ids, real, strict=True):
             if row[mask].tolist() != found[i].ids:
-                raise RuntimeError(f"{samples[i].source}: {type(chat.processor).__name__} makes other tokens of it than before; its file has changed meanwhile")
+                raise UserError(f"{samples[i].source}: {type(chat.processor).__name__} makes other tokens of it than before; its file has changed meanwhile")
     except Exception:  # of any kind; alone each of them went through
         if len(rows) == 1:
             raise

@@ -7,9 +7,7 @@ texts without answers all tokens count, and there is no accuracy. Intervals are 
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchao_qig import PackedIntTensor
+from torchao_qig.errors import UserError
 from torchao_qig.integrations.transformers import has_packed
-from torchao_qig.lvlm import card
+from torchao_qig.lvlm import card, command
 from torchao_qig.lvlm.check import answer_positions, log_probabilities
 from torchao_qig.lvlm.data import IGNORED, calibration_batches
 from torchao_qig.lvlm.load import bytes_on_disk, device_of, load_model, load_processor
@@ -88,29 +87,33 @@ def batches_of(samples: Samples, processor: Any, at_once: int = 64) -> Iterator[
         try:
             yield from calibration_batches(samples[first : first + at_once], processor)
             used = True
-        except ValueError as error:  # none of these; perhaps of the others
+        except UserError as error:  # none of these; perhaps of the others
             refused = str(error)
     if not used:
-        raise ValueError(refused)
+        raise UserError(refused)
 
 
 def run(
-    model: str, data: str | None, images: str | None, reference: str | None, tasks: list[str], include: str | None, samples: int | None, seed: int, split: str,
-    dtype: str, device: str, keep_packed: bool = False,
+    model: str, data: str | None = None, images: str | None = None, reference: str | None = None, tasks: Sequence[str] = (), include: str | None = None,
+    samples: int | None = None, seed: int = 0, split: str = "train", dtype: str = "auto", device: str = "cpu", keep_packed: bool = False,
 ) -> str:  # fmt: skip
     """Measure, note it beside the model (qig/evaluation.json, qig/tasks.json, the card), and return it as tables."""
+    given = dict(
+        data=data, images=images, reference=reference, tasks=tasks, include=include, samples=samples, seed=seed, split=split, dtype=dtype, device=device,
+        keep_packed=keep_packed,
+    )  # fmt: skip
+    about = {"command": command.called("evaluate", run, model, given), "date": date.today().isoformat()}
     if not data and not tasks:
-        raise ValueError("data: nothing to evaluate on; pass --data with questions and answers, or --tasks with lmms-eval's")
+        raise UserError("data: nothing to evaluate on; pass --data with questions and answers, or --tasks with lmms-eval's")
     processor, place, read = load_processor(model), device_of(device), None
     if data:  # what is wrong with it is known before weights are loaded
         with called("data"):
             read = read_samples(data, images, split=split, count=samples, seed=seed)
-    given = load_model(model, dtype, device=place)
-    about = {"command": shlex.join(["torchao-qig", *sys.argv[1:]]), "date": date.today().isoformat()}
+    loaded = load_model(model, dtype, device=place)
     tables = []
     if read is not None:
-        sources = ({"full precision": reference} if reference is not None else {}) | {"quantized" if has_packed(given) else "as given": model}
-        models = {name: load_model(source, dtype, device=place) if source != model else given for name, source in sources.items()}
+        sources = ({"full precision": reference} if reference is not None else {}) | {"quantized" if has_packed(loaded) else "as given": model}
+        models = {name: load_model(source, dtype, device=place) if source != model else loaded for name, source in sources.items()}
         found = compare(models, batches_of(read, processor))
         rows = [{"name": name, "bytes": _size(sources[name], models[name]), **figures} for name, figures in found.items()]
         evaluation = {"rows": rows, "data": data, **about}
@@ -120,7 +123,7 @@ def run(
     if tasks:
         from torchao_qig.lvlm import harness
 
-        answered = {"tasks": harness.run(given if keep_packed else unpacked(given), processor, tasks, include, samples), **about}
+        answered = {"tasks": harness.run(loaded if keep_packed else unpacked(loaded), processor, tasks, include, samples), **about}
         card.note(model, "tasks.json", answered)
         tables.append(card.tasks_table(answered))
     return "\n\n".join(tables)

@@ -21,11 +21,16 @@ from lmms_eval.tasks import TaskManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from torchao_qig.errors import UserError
 from torchao_qig.lvlm.chat import Chat
 from torchao_qig.lvlm.messages import Messages, pictures_of
 
 Prepare = Callable[[list[Messages]], dict[str, Tensor]]  # chats -> the model's keywords, padded on the left, up to where the answers begin
 NEW_TOKENS = 128  # where a task does not say
+
+
+class OtherTask(UserError, NotImplementedError):
+    """A task asks for something else than one generated answer."""
 
 
 def from_processor(processor: Any) -> Prepare:
@@ -34,7 +39,7 @@ def from_processor(processor: Any) -> Prepare:
 
     def prepare(chats: list[Messages]) -> dict[str, Tensor]:
         if any(map(pictures_of, chats)) and not chat.sees:
-            raise ValueError(f"tasks: they show pictures, and {type(processor).__name__} takes none; pass tasks of text alone")
+            raise UserError(f"tasks: they show pictures, and {type(processor).__name__} takes none; pass tasks of text alone")
         return chat.prompts(chats)
 
     return prepare
@@ -55,7 +60,7 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "image":
         value = next(part[key] for key in ("image", "url") if part.get(key) is not None)
         return {"type": "image", "image": value.convert("RGB") if hasattr(value, "convert") else value}
-    raise ValueError(f"tasks: one shows a part of type {part['type']!r}; text and images are supported")
+    raise UserError(f"tasks: one shows a part of type {part['type']!r}; text and images are supported")
 
 
 def batches(kinds: Sequence[Any], size: int) -> list[list[int]]:
@@ -86,7 +91,7 @@ class InMemory(lmms):
     def __init__(self, model: nn.Module, prepare: Prepare, decode: Callable[[Tensor], str], batch_size: int = 1) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: pass at least 1")
+            raise UserError(f"batch_size={batch_size}: pass at least 1")
         self.model, self.prepare, self.decode, self.batch_size = model, prepare, decode, batch_size
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -112,10 +117,10 @@ class InMemory(lmms):
         return [self.decode(row) for row in new]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("InMemory answers tasks of output_type generate_until; this task asks for log-likelihoods")
+        raise OtherTask("InMemory answers tasks of output_type generate_until; this task asks for log-likelihoods")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("InMemory answers tasks of output_type generate_until; this task has several rounds")
+        raise OtherTask("InMemory answers tasks of output_type generate_until; this task has several rounds")
 
 
 def run(model: nn.Module, processor: Any, tasks: Sequence[str], include: str | None = None, limit: int | None = None, batch_size: int = 1) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def run(model: nn.Module, processor: Any, tasks: Sequence[str], include: str | N
     manager = TaskManager(include_path=include, include_defaults=include is None)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
-        raise ValueError(f"tasks={','.join(unknown)!r}: lmms-eval knows no such task{f' in {include}' if include else ''}; `lmms-eval --tasks list` shows all")
+        raise UserError(f"tasks={','.join(unknown)!r}: lmms-eval knows no such task{f' in {include}' if include else ''}; `lmms-eval --tasks list` shows all")
     tokenizer = getattr(processor, "tokenizer", processor)
     lm = InMemory(model, from_processor(processor), partial(tokenizer.decode, skip_special_tokens=True), batch_size)
     results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0)

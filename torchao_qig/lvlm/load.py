@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import cached_file
+
+from torchao_qig.errors import UserError, UserFileError
+from torchao_qig.lvlm import stored
+from torchao_qig.system import out_of_memory
 
 AUTO = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -26,11 +29,11 @@ def _located(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise FileNotFoundError(f"model={name!r}: no config.json in this directory; pass one that save_pretrained wrote, or a name on the hub")
+            raise UserFileError(f"model={name!r}: no config.json in this directory; pass one that save_pretrained wrote, or a name on the hub")
         return str(path)
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir()
     if looks_like_a_path:
-        raise FileNotFoundError(f"model={name!r}: no such directory; pass one that save_pretrained wrote, or a name on the hub (owner/model)")
+        raise UserFileError(f"model={name!r}: no such directory; pass one that save_pretrained wrote, or a name on the hub (owner/model)")
     return name
 
 
@@ -40,25 +43,28 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device={name!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device={name!r}: {str(error).splitlines()[0]}") from error
     if device.type == "meta":
-        raise ValueError(f"device={name!r}: nothing is computed there; pass cpu or an accelerator")
+        raise UserError(f"device={name!r}: nothing is computed there; pass cpu or an accelerator")
     return device
 
 
 def dtype_of(name: str) -> Any:
     if name not in DTYPES:
-        raise ValueError(f"dtype={name!r}: pass one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype={name!r}: pass one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def _tried(name: str, load: Callable[[str], Any], what: str) -> Any:
+    path = _located(name)
     try:
-        return load(_located(name))
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        if str(error).startswith("model=") or "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
+        return load(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # damaged files fail in many ways
+        if out_of_memory(error):
             raise
-        raise FileNotFoundError(f"model={name!r}: cannot load its {what}: {' '.join(str(error).split())}") from error
+        raise UserFileError(f"model={name!r}: cannot load its {what}: {' '.join(str(error).split())}") from error
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
@@ -70,17 +76,20 @@ def auto_class(config: Any) -> Any:
     for auto in AUTO:
         if type(config) in auto._model_mapping:
             return auto
-    raise ValueError(f"model: transformers {transformers.__version__} knows no model that generates text for model_type={config.model_type!r}")
+    raise UserError(f"model: transformers {transformers.__version__} knows no model that generates text for model_type={config.model_type!r}")
 
 
 def load_model(name: str, dtype: str = "auto", revision: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """The model in eval mode. It is loaded on the CPU and moved, so that no extra package is needed."""
-    auto = auto_class(load_config(name, revision))
+    config = load_config(name, revision)
+    auto = auto_class(config)
+    described = _tried(name, lambda _: stored.described(config), "configuration")
+    stored.check(name, described, _tried(name, lambda path: stored.packed(path, revision), "weights"))
     options = dict(dtype=dtype_of(dtype), revision=revision, output_loading_info=True)
     model, found = _tried(name, lambda path: auto.from_pretrained(path, **options), "weights")
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
-        raise ValueError(f"model={name!r}: {len(missing)} weights are not in its files and would be random: {', '.join(missing[:3])} ...; repair the directory")
+        raise UserError(f"model={name!r}: {len(missing)} weights are not in its files and would be random: {', '.join(missing[:3])} ...; repair the directory")
     return model.eval().to(device)
 
 
@@ -88,10 +97,11 @@ def shape_of(name: str, dtype: str = "auto", revision: str | None = None) -> nn.
     """The same without its weights, on the meta device: enough for a plan, and no bigger than its code."""
     config = load_config(name, revision)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"model={name!r}: quantized already; pass the full-precision model")
+        raise UserError(f"model={name!r}: quantized already; pass the full-precision model")
     wanted = dtype_of(dtype) if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    auto = auto_class(config)
     with torch.device("meta"):
-        return auto_class(config).from_config(config, dtype=wanted).eval()
+        return _tried(name, lambda _: auto.from_config(config, dtype=wanted), "configuration").eval()
 
 
 def bytes_on_disk(directory: Path) -> int:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from torchao_qig.errors import UserError
 from torchao_qig.lvlm.messages import Messages
 from torchao_qig.lvlm.samples import Sample
 
@@ -18,7 +19,7 @@ def few_shot(samples: Sequence[Sample], shots: int, seed: int = 0) -> list[Sampl
     """Each sample after `shots` others as demonstrations, in one conversation under its own system message."""
     answered = [i for i, sample in enumerate(samples) if sample.messages[-1]["role"] == "assistant"]
     if shots < 0 or shots >= len(samples) or shots > len(answered) - 1:
-        raise ValueError(
+        raise UserError(
             f"few_shot (shots)={shots}: demonstrations are other samples with an answer, of which there are {max(len(answered) - 1, 0)}; pass 0 to that many"
         )
     draw = random.Random(seed)
@@ -38,7 +39,7 @@ def interleaved(samples: Sequence[Sample], per_sample: int, seed: int = 0) -> li
     Of those before the last one their pictures and answers stay, or all of their text where nothing answers.
     """
     if per_sample < 1:
-        raise ValueError(f"interleaved (per_sample)={per_sample}: join at least 1 sample")
+        raise UserError(f"interleaved (per_sample)={per_sample}: join at least 1 sample")
     order = list(samples)
     random.Random(seed).shuffle(order)
     return [_sequence(order[i : i + per_sample]) for i in range(0, len(order), per_sample)]

@@ -9,11 +9,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from torchao_qig.errors import UserError
+
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # JPEG, PNG, GIF, WebP, BMP, TIFF
 LONG = 256  # characters: what is shorter is rather a path than a picture
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row that is no sample: the reason, by which rows are counted, and what it was here."""
 
     def __init__(self, reason: str, detail: str) -> None:

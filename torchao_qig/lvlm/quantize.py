@@ -10,34 +10,33 @@ that was interrupted continues with `resume`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
-import resource
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_qig import Calibration, PackedIntTensor, __version__, calibrate, save_pretrained
 from torchao_qig.calibrate.plan import Plan, plan
-from torchao_qig.lvlm import card, explain, recipe
+from torchao_qig.errors import UserError
+from torchao_qig.lvlm import card, command, explain, recipe
 from torchao_qig.lvlm.check import BrokenModel, check, divergence, references, smallest
 from torchao_qig.lvlm.data import Batches, calibration_batches
 from torchao_qig.lvlm.load import load_model, load_processor, save_processor
 from torchao_qig.lvlm.mixes import mixed
 from torchao_qig.lvlm.samples import Sample, Samples, called, read_samples
+from torchao_qig.system import peak_host_bytes
 
 Say = Callable[[str], None]
 
@@ -50,31 +49,43 @@ def _output_of(wanted: recipe.Recipe, resume: bool) -> Path:
     """Where the result goes; what would fail only at the end is an error now."""
     output = Path(wanted.output).expanduser().resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output={wanted.output!r}: exists already; pass another directory, or delete it")
+        raise UserError(f"output={wanted.output!r}: exists already; pass another directory, or delete it")
     if output == Path.cwd() or output.is_mount():
-        raise ValueError(f"output={wanted.output!r}: cannot be replaced; pass a new directory, or one inside it")
+        raise UserError(f"output={wanted.output!r}: cannot be replaced; pass a new directory, or one inside it")
     if partial_of(output).exists() and not resume:
-        raise ValueError(f"output={wanted.output!r}: {partial_of(output)} holds an interrupted run; continue it with --resume, or delete it")
+        raise UserError(f"output={wanted.output!r}: {partial_of(output)} holds an interrupted run; continue it with --resume, or delete it")
     return output
 
 
 @contextmanager
 def _working(partial: Path, wanted: recipe.Recipe) -> Iterator[None]:
-    """In `partial`, alone. It stays after an interruption, which can be resumed, and not after an error that another try needs other settings for."""
+    """In `partial`, alone. It goes when all is done, and when another try needs other settings. It stays after any other error and after an
+    interruption: the blocks that are done may have taken hours, and `resume` continues with them."""
     fresh = not partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"output={wanted.output!r}: another run is at it, in {partial}; pass another directory, or wait") from error
+    lock = FileLock(partial / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"output={wanted.output!r}: another run is at it, in {partial}; pass another directory, or wait") from error
+    done = False
+    try:
         _continue(partial, wanted)
-        try:
-            yield
-        except (BrokenModel, ValueError, TypeError, LookupError) as error:
-            if fresh or isinstance(error, BrokenModel):
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        yield
+        done = True
+    except BrokenModel:
+        done = True
+        raise
+    except UserError:
+        done = fresh
+        raise
+    finally:
+        if done:
+            shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
+        if done:
+            with suppress(OSError):
+                partial.rmdir()  # is left where an open file, the lock, cannot be deleted
 
 
 def samples_of(wanted: recipe.Recipe) -> tuple[Sequence[Sample], Samples]:
@@ -126,7 +137,6 @@ def run(wanted: recipe.Recipe, resume: bool = False, dry_run: bool = False, say:
         if output.exists():
             output.rmdir()  # empty, as has been checked
         os.replace(partial / "saved", output)
-    shutil.rmtree(partial, ignore_errors=True)
     return Path(wanted.output).expanduser()
 
 
@@ -160,7 +170,7 @@ def _continue(partial: Path, wanted: recipe.Recipe) -> None:
         other = [key for key in now if key != "output" and before.get(key) != now[key]]
         if other:
             key = other[0]
-            raise ValueError(f"{key}={now[key]!r}: the interrupted run in {partial} had {before.get(key)!r}; pass that, or delete the directory")
+            raise UserError(f"{key}={now[key]!r}: the interrupted run in {partial} had {before.get(key)!r}; pass that, or delete the directory")
     wanted.write(path)
 
 
@@ -169,14 +179,14 @@ def _receipt(wanted: recipe.Recipe, planned: Plan, batches: Batches, skipped: di
     return {
         "model": wanted.model,
         "created": date.today().isoformat(),
-        "command": shlex.join(["torchao-qig", *sys.argv[1:]]),
+        "command": command.quantizing(wanted),
         "versions": versions | {"python": platform.python_version()},
         "device": wanted.device or "cpu",
         "plan": {"quantized": len(planned.linears), "left": planned.left, "bytes_before": planned.bytes_before, "bytes_after": planned.bytes_after,
                  "model_bytes": planned.model_bytes},
         "check": found,
         "seconds": seconds,
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_host_bytes": peak_host_bytes(),
         "recipe": wanted.resolved(),
         "samples": {"used": sum(len(rows) for rows in batches.rows), "skipped": skipped},
     }  # fmt: skip

@@ -8,6 +8,7 @@ Defaults, then files, then flags. Every run writes what came out of that as reci
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 from torchao_qig.config import RUNTIME, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.errors import UserError, UserFileError
 from torchao_qig.lvlm.load import DTYPES, device_of, dtype_of
 
 FIXED = {"version", "base_config", "pre_scaled", "dtype", *RUNTIME} - {"compute_dtype", "micro_batch", "max_host_memory"}  # not said by recipes
@@ -65,15 +67,24 @@ class Recipe:
         for name, least in (("samples", 1), ("few_shot", 0), ("interleaved", 1), ("tokens", 1), ("explain", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: pass an integer of at least {least}")
-        if isinstance(self.max_kl, bool) or not isinstance(self.max_kl, (int, float)):
-            raise ValueError(f"max_kl={self.max_kl!r}: pass a number, .inf for no limit")
-        dtype_of(self.dtype)
+                raise UserError(f"{name}={value!r}: pass an integer of at least {least}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise UserError(f"seed={self.seed!r}: pass an integer")
+        if self.max_length is not None and (isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1):
+            raise UserError(f"max_length={self.max_length!r}: pass an integer of at least 1, or null for samples of any length")
+        if not isinstance(self.int8_activations, bool):
+            raise UserError(f"int8_activations={self.int8_activations!r}: pass true or false")
+        modules = self.settings.get("modules")
+        if not (modules is None or (isinstance(modules, list) and all(isinstance(name, str) for name in modules))):
+            raise UserError(f"modules={modules!r}: pass a list of module names, or null for the decoder's blocks")
+        if isinstance(self.max_kl, bool) or not isinstance(self.max_kl, (int, float)) or math.isnan(self.max_kl):
+            raise UserError(f"max_kl={self.max_kl!r}: pass a number, .inf for no limit")
         if self.few_shot and self.interleaved > 1:
-            raise ValueError(f"few_shot={self.few_shot}, interleaved={self.interleaved}: pass one of them")
+            raise UserError(f"few_shot={self.few_shot}, interleaved={self.interleaved}: pass one of them")
         for name in sorted(TEXTS):
             if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"{name}={getattr(self, name)!r}: pass a text")
+                raise UserError(f"{name}={getattr(self, name)!r}: pass a text")
+        dtype_of(self.dtype)
         device_of(self.device)
         self.config()  # its own checks
 
@@ -81,9 +92,7 @@ class Recipe:
         """Raise for keys that this run cannot do without."""
         missing = [name for name in names if not getattr(self, name)]
         if missing:
-            raise ValueError(
-                f"{', '.join(missing)}: not given; pass {', '.join(f'--{n}' if n != 'model' else 'MODEL' for n in missing)}, or --config with them"
-            )
+            raise UserError(f"{', '.join(missing)}: not given; pass {', '.join(f'--{n}' if n != 'model' else 'MODEL' for n in missing)}, or --config with them")
 
     def config(self, **runtime: Any) -> QIGWeightOnlyConfig:
         """What `quantize_` takes."""
@@ -91,7 +100,7 @@ class Recipe:
         settings: dict[str, Any] = dict(self.settings)
         if isinstance(settings.get("compute_dtype"), str):
             if settings["compute_dtype"] not in (computed := [name for name in DTYPES if name != "auto"]):
-                raise ValueError(f"compute_dtype={settings['compute_dtype']!r}: pass one of {', '.join(computed)}")
+                raise UserError(f"compute_dtype={settings['compute_dtype']!r}: pass one of {', '.join(computed)}")
             settings["compute_dtype"] = DTYPES[settings["compute_dtype"]]
         if self.device is not None:
             settings["device"] = self.device
@@ -131,11 +140,11 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(Path(path).expanduser().read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"config={str(path)!r}: no such file") from None
+        raise UserFileError(f"config={str(path)!r}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"config={str(path)!r}: not a YAML file: {' '.join(str(error).split())}") from error
+        raise UserError(f"config={str(path)!r}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"config={str(path)!r}: has no keys; write lines such as `bits: 3`")
+        raise UserError(f"config={str(path)!r}: has no keys; write lines such as `bits: 3`")
     return {str(k): v for k, v in found.items()}
 
 
@@ -145,11 +154,11 @@ def pairs(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {text!r}: write key=value")
+            raise UserError(f"--set {text!r}: write key=value")
         try:
             found[key.strip().replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"--set {text!r}: {' '.join(str(error).split())}") from error
+            raise UserError(f"--set {text!r}: {' '.join(str(error).split())}") from error
     return found
 
 
@@ -161,7 +170,7 @@ def recipe(*layers: dict[str, Any]) -> Recipe:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise ValueError(f"{key}: no such setting{f'; did you mean {near[0]}?' if near else ''} (all: {', '.join(known)})")
+            raise UserError(f"{key}: no such setting{f'; did you mean {near[0]}?' if near else ''} (all: {', '.join(known)})")
     own = {f.name for f in fields(Recipe)}
     settings = {k: v for k, v in given.items() if k not in own}
     return Recipe(**{k: v for k, v in given.items() if k in own}, settings=settings)

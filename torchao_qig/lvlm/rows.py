@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchao_qig.errors import UserError, UserFileError
 from torchao_qig.lvlm.messages import FIELDS, PICTURES
 from torchao_qig.lvlm.pictures import BadRow
+from torchao_qig.system import out_of_memory
 
 FORMATS = (
     "known are JSON (a list of rows, or COCO captions), JSON Lines, CSV, text (.txt, paragraphs), parquet and arrow files, folders of pictures (with a .txt for"
@@ -25,6 +27,7 @@ FORMATS = (
 )
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow")  # of files, never of names on the hub
 PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")  # how files begin
+PATH = "path"  # the argument of `read_samples` that errors are about
 LIMIT = threading.Lock()  # csv's limit of a field is the whole process's
 
 
@@ -48,7 +51,7 @@ def rows_of(path: str | Path, split: str) -> Rows:
     name = str(path)
     below = found.parent != Path() and found.parent.is_dir()
     if isinstance(path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or found.suffix in SUFFIXES or below:
-        raise FileNotFoundError(f"path={name!r}: no such file or folder; {FORMATS}")
+        raise UserFileError(f"path={name!r}: no such file or folder; {FORMATS}", PATH)
     return _hub(name, split)
 
 
@@ -72,13 +75,13 @@ def _file(path: Path, split: str) -> Rows:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"path={str(path)!r}: neither text nor parquet nor arrow; {FORMATS}") from error
+        raise UserError(f"path={str(path)!r}: neither text nor parquet nor arrow; {FORMATS}", PATH) from error
     return _text(path, text)
 
 
 def _text(path: Path, text: str) -> Rows:
     if not text.strip():
-        raise ValueError(f"path={str(path)!r}: the file is empty; {FORMATS}")
+        raise UserError(f"path={str(path)!r}: the file is empty; {FORMATS}", PATH)
     if path.suffix in (".csv", ".tsv"):
         return _csv(path, text)
     if path.suffix == ".jsonl" or text.lstrip()[:1] in ("[", "{"):
@@ -89,9 +92,9 @@ def _text(path: Path, text: str) -> Rows:
             if path.suffix == ".jsonl" or any(isinstance(_parsed(line), dict) for _, line in lines):
                 return Rows(len(lines), lambda i: _line(lines[i][1]), lambda i: f"{path.name}:{lines[i][0]}", path.parent)
             if path.suffix != ".txt":
-                raise ValueError(f"path={str(path)!r}: neither JSON ({error}) nor JSON Lines; {FORMATS}") from error
+                raise UserError(f"path={str(path)!r}: neither JSON ({error}) nor JSON Lines; {FORMATS}", PATH) from error
     if path.suffix != ".txt":
-        raise ValueError(f"path={str(path)!r}: not a format that is known here; {FORMATS}")
+        raise UserError(f"path={str(path)!r}: not a format that is known here; {FORMATS}", PATH)
     found = [(text.count("\n", 0, m.start()) + 1, m.group()) for m in re.finditer(r"\S[^\n]*(?:\n[^\S\n]*\S[^\n]*)*", text)]
     return _listed([f"{path.name}:{line}" for line, _ in found], [{"text": paragraph} for _, paragraph in found], path.parent)
 
@@ -114,7 +117,7 @@ def _json(path: Path, data: Any) -> Rows:
     if isinstance(data, dict) and isinstance(data.get("images"), list) and isinstance(data.get("annotations"), list):
         return _coco(path, data)
     if isinstance(data, dict) and not (set(FIELDS) | set(PICTURES)) & set(data):
-        raise ValueError(f"path={str(path)!r}: a JSON object with {', '.join(list(data)[:8])}, neither COCO captions nor a row; {FORMATS}")
+        raise UserError(f"path={str(path)!r}: a JSON object with {', '.join(list(data)[:8])}, neither COCO captions nor a row; {FORMATS}", PATH)
     rows = data if isinstance(data, list) else [data]
     return Rows(len(rows), rows.__getitem__, lambda i: f"{path.name}:{i + 1}", path.parent)
 
@@ -145,7 +148,7 @@ def _csv(path: Path, text: str) -> Rows:
                 places.append(f"{path.name}:{reader.line_num}")
                 rows.append({k: v for k, v in row.items() if k and v})
         except csv.Error as error:
-            raise ValueError(f"path={str(path)!r}: line {reader.line_num} is not {path.suffix[1:].upper()}: {error}; {FORMATS}") from error
+            raise UserError(f"path={str(path)!r}: line {reader.line_num} is not {path.suffix[1:].upper()}: {error}; {FORMATS}", PATH) from error
         finally:
             csv.field_size_limit(limit)
     return _listed(places, rows, path.parent)
@@ -171,7 +174,7 @@ def _pictures(folder: Path) -> Rows:
     known = Image.registered_extensions()
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known)
     if not files:
-        raise ValueError(f"path={str(folder)!r}: no pictures in this folder, and no data set; pass the file of samples itself, or {FORMATS}")
+        raise UserError(f"path={str(folder)!r}: no pictures in this folder, and no data set; pass the file of samples itself, or {FORMATS}", PATH)
 
     def row(i: int) -> Any:
         words = files[i].with_suffix(".txt")
@@ -184,7 +187,7 @@ def _pictures(folder: Path) -> Rows:
 
 def _split_of(found: Any, path: Path, split: str) -> Any:
     if split not in found:
-        raise ValueError(f"split={split!r}: {path} has {', '.join(found)}")
+        raise UserError(f"split={split!r}: {path} has {', '.join(found)}")
     return found[split]
 
 
@@ -194,7 +197,14 @@ def _dataset(load: Callable[[Any], Any], name: str, folder: Path) -> Rows:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"path={name!r}: reading it needs the datasets package: pip install datasets", name="datasets") from error
-    found = load(datasets).with_format("arrow")
+    try:
+        found = load(datasets).with_format("arrow")
+    except UserError:
+        raise
+    except Exception as error:  # of damaged files, of the data set, of the network
+        if out_of_memory(error):
+            raise
+        raise UserError(f"path={name!r}: the datasets package cannot load it: {type(error).__name__}: {error}", PATH) from error
     return Rows(len(found), lambda i: found[i].to_pylist()[0], lambda i: f"{name}:{i + 1}", folder)
 
 
@@ -206,6 +216,9 @@ def _hub(name: str, split: str) -> Rows:
         try:
             return datasets.load_dataset(repository, configuration or None, split=split)
         except Exception as error:  # of the network, of the hub, of the data set
-            raise ValueError(f"path={name!r}: no such file or folder here, and split={split!r} of it does not load from the hub: {error}; {FORMATS}") from error
+            if out_of_memory(error):
+                raise
+            why = f"no such file or folder here, and split={split!r} of it does not load from the hub: {error}"
+            raise UserError(f"path={name!r}: {why}; {FORMATS}", PATH) from error
 
     return _dataset(load, name, Path())

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from torchao_qig.errors import UserError, UserFileError
 from torchao_qig.lvlm.messages import EXAMPLE, Messages, as_messages, pictures_of
 from torchao_qig.lvlm.pictures import BadRow, check, located
-from torchao_qig.lvlm.rows import rows_of
+from torchao_qig.lvlm.rows import PATH, rows_of
 
 PROMPT = "Describe this image in detail."
 SHOWN = 110  # characters of what is wrong with a row
@@ -36,12 +37,13 @@ class Sample:
 
 @contextmanager
 def called(name: str) -> Iterator[None]:
-    """Errors of `read_samples` speak of this argument, which its `path` came from; plain ones, as others take more than a text."""
+    """Errors of `read_samples` about its `path` speak of this argument, which the path came from."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(str(error).replace("path=", f"{name}=", 1)) from error
+    except UserError as error:
+        if error.argument != PATH:
+            raise
+        raise error.called(name) from error
 
 
 def shortened(detail: str) -> str:
@@ -110,11 +112,11 @@ def read_samples(
         seed: of the shuffle: the same seed draws the same rows, and fewer are the first of more.
     """
     if count is not None and count < 1:
-        raise ValueError(f"count={count}: draw at least 1 sample, or all with None")
+        raise UserError(f"count={count}: draw at least 1 sample, or all with None")
     if not prompt.strip():
-        raise ValueError(f"prompt={prompt!r}: captions need a question, such as {PROMPT!r}")
+        raise UserError(f"prompt={prompt!r}: captions need a question, such as {PROMPT!r}")
     if images is not None and not Path(images).expanduser().is_dir():
-        raise FileNotFoundError(f"images={str(images)!r}: no such folder; pass the one that the samples' image paths are relative to")
+        raise UserFileError(f"images={str(images)!r}: no such folder; pass the one that the samples' image paths are relative to")
     rows = rows_of(path, split)
     folder = rows.folder if images is None else Path(images).expanduser()
     order = list(range(rows.count))
@@ -133,7 +135,7 @@ def read_samples(
             skipped.setdefault(error.reason, []).append(f"{rows.place(i)} ({shortened(error.detail)})")
     if not good:
         why = told(skipped) or "it is empty"
-        raise ValueError(f"path={str(path)!r}: none of its {rows.count} rows is a sample: {why}. A good row: {EXAMPLE}")
+        raise UserError(f"path={str(path)!r}: none of its {rows.count} rows is a sample: {why}. A good row: {EXAMPLE}", PATH)
     found = Samples(str(path), tuple(good), skipped, rows.count, count)
     if skipped or len(good) < (count or 0):
         warnings.warn(found.summary(), stacklevel=2)

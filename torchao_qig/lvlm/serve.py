@@ -28,6 +28,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
+from torchao_qig.errors import UserError
 from torchao_qig.lvlm.chat import Chat
 from torchao_qig.lvlm.pictures import opened
 from torchao_qig.tensor.linear import DECODE_ROWS
@@ -40,7 +41,7 @@ PROMPT_ROWS = DECODE_ROWS + 1  # shorter prompts are padded to this: the linears
 def check_compiler(device: torch.device) -> None:
     """torch.compile writes C++ for a CPU."""
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise ValueError("compiled=True: torch.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ is there; install one, or use --no-compile")
+        raise UserError("compiled=True: torch.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ is there; install one, or use --no-compile")
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -48,7 +49,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
-        raise ValueError(f"model: {type(model).__name__} has no list of {depth} decoder blocks to compile; serve it with --no-compile")
+        raise UserError(f"model: {type(model).__name__} has no list of {depth} decoder blocks to compile; serve it with --no-compile")
     return list(lists[0])
 
 
@@ -57,7 +58,7 @@ def _static_cache(model: nn.Module, length: int) -> Cache:
     known = StaticCache(config=model.config, max_cache_len=length).layers
     other = {type(layer).__name__ for layer in known if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)}
     if other:
-        raise ValueError(f"model: its blocks keep more than keys and values ({', '.join(sorted(other))}); serve it with --no-compile")
+        raise UserError(f"model: its blocks keep more than keys and values ({', '.join(sorted(other))}); serve it with --no-compile")
     return Cache(layers=[StaticLayer(max_cache_len=length) for _ in known])
 
 
@@ -104,7 +105,7 @@ class _Block:
         rows, before = hidden.shape[1], self.used
         self.used += rows
         if self.used > self.max_length:
-            raise ValueError(f"max_length={self.max_length}: prompt and answer do not fit; ask for fewer new tokens, or compile with more")
+            raise UserError(f"max_length={self.max_length}: prompt and answer do not fit; ask for fewer new tokens, or compile with more")
         mask = kwargs.get("attention_mask")
         unusual = bool(args) or (mask is None if rows == 1 else before > 0)
         if unusual or not self.layer.is_initialized:  # the first prompt of all shows what shapes keys and values have
@@ -149,10 +150,10 @@ class StaticGeneration:
             return self.plain(ids, **kwargs)
         beams = max(kwargs.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
         if len(ids) * beams > 1:
-            raise ValueError(f"input_ids: {len(ids) * beams} sequences; a compiled model answers one at a time, load it uncompiled for batches and beams")
+            raise UserError(f"input_ids: {len(ids) * beams} sequences; a compiled model answers one at a time, load it uncompiled for batches and beams")
         prompt, new = ids.shape[1], kwargs.get("max_new_tokens") or 1
         if prompt + new > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"max_length={self.max_length}: the prompt has {prompt} tokens and max_new_tokens={new}; use a smaller picture, a shorter question, "
                 f"fewer new tokens, or compile with max_length={prompt + new}"
             )
@@ -168,9 +169,9 @@ def compiled(model: nn.Module, max_length: int | None = None) -> nn.Module:
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     limit = max_length or min(MAX_LENGTH, positions or MAX_LENGTH)
     if limit < 2 or (positions and limit > positions):
-        raise ValueError(f"max_length={limit}: the model has {positions} positions; pass 2 to as many")
+        raise UserError(f"max_length={limit}: the model has {positions} positions; pass 2 to as many")
     if isinstance(model.generate, StaticGeneration):
-        raise ValueError(f"model: already compiled, with max_length={model.generate.max_length}; load it again for another")
+        raise UserError(f"model: already compiled, with max_length={model.generate.max_length}; load it again for another")
     check_compiler(next(model.parameters()).device)
     model.generate = StaticGeneration(model, limit)
     return model

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchao_qig.calibrate.result import Calibration
+from torchao_qig.errors import UserError
 
 FOLDER = "qig"
 
@@ -64,7 +65,7 @@ def read(directory: Path) -> Found:
     """
     folder = directory / FOLDER
     if not folder.is_dir():
-        raise ValueError(f"directory={str(directory)!r}: no folder {FOLDER}/ in it; pass a directory that `torchao-qig quantize` wrote")
+        raise UserError(f"directory={str(directory)!r}: no folder {FOLDER}/ in it; pass a directory that `torchao-qig quantize` wrote")
     found = Found(directory)
     found.calibration = _calibration(folder / "calibration")
     found.sensitivity = _calibration(folder / "sensitivity")
@@ -95,7 +96,7 @@ def _calibration(path: Path) -> Calibration | None:
     try:
         return Calibration.load(path)
     except Exception as error:  # a damaged file can fail in many ways, in json and in safetensors
-        raise ValueError(f"directory={str(path)!r}: cannot read this calibration ({type(error).__name__}: {error}); quantize again, or delete it") from error
+        raise UserError(f"directory={str(path)!r}: cannot read this calibration ({type(error).__name__}: {error}); quantize again, or delete it") from error
 
 
 def _json(path: Path) -> Any:
@@ -104,18 +105,18 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"file={str(path)!r}: not JSON ({error}); run the command that wrote it again, or delete it") from error
+        raise UserError(f"file={str(path)!r}: not JSON ({error}); run the command that wrote it again, or delete it") from error
 
 
 def _object(path: Path, found: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
-        raise ValueError(f"file={str(path)!r}: an object is expected, not {type(found).__name__}; run the command that wrote it again, or delete it")
+        raise UserError(f"file={str(path)!r}: an object is expected, not {type(found).__name__}; run the command that wrote it again, or delete it")
     return found
 
 
 def _objects(path: Path, found: Any) -> list[dict[str, Any]]:
     if not isinstance(found, list):
-        raise ValueError(f"file={str(path)!r}: a list is expected, not {type(found).__name__}; run the command that wrote it again, or delete it")
+        raise UserError(f"file={str(path)!r}: a list is expected, not {type(found).__name__}; run the command that wrote it again, or delete it")
     return [_object(path, one) for one in found]
 
 

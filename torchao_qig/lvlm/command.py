@@ -1,0 +1,98 @@
+"""The command line that does what was done, from the arguments themselves: the same called from Python, from a test, or with files of settings."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import yaml
+
+from torchao_qig.errors import UserError
+from torchao_qig.lvlm.recipe import Recipe, recipe
+
+QUANTIZE_FLAGS = ("output", "calib", "images", "bits", "group_size", "sensitivity", "modules", "samples", "seed", "max_length", "dtype", "device")
+NEGATED = {"compiled": "--no-compile"}
+ALWAYS = ("model", "output", "calib", "bits")  # named though they may be what is the default today
+
+
+def _text(value: Any) -> str:
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+def _joined(name: str, model: Any, words: list[str]) -> str:
+    """`model` begins with a dash: then it stands behind two of them, which end the options."""
+    place = _text(model)
+    return shlex.join(["torchao-qig", name, *words, "--", place] if place.startswith("-") else ["torchao-qig", name, place, *words])
+
+
+def _yaml(value: Any) -> str:
+    """In one line, as `--set` reads it."""
+    if isinstance(value, str):
+        try:
+            if value.isprintable() and yaml.safe_load(value) == value:
+                return value
+        except yaml.YAMLError:
+            pass
+        return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf")).strip()
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("...\n").strip()
+
+
+def called(name: str, run: Callable[..., Any], model: Any, given: Mapping[str, Any]) -> str:
+    """Of a subcommand whose options are the arguments of `run`, but for `model`. Only what is not the default is named."""
+    known = inspect.signature(run).parameters
+    words: list[str] = []
+    for key, value in given.items():
+        flag = "--" + key.replace("_", "-")
+        if value is None or value == known[key].default or (isinstance(value, (list, tuple)) and not value):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else NEGATED[key])
+        else:
+            words += [flag, ",".join(value) if isinstance(value, (list, tuple)) else _text(value)]
+    return _joined(name, model, words)
+
+
+def meaning(wanted: Recipe) -> dict[str, Any]:
+    """All keys with what they come to; recipes of one meaning do the same."""
+    keys, computed = wanted.resolved(), wanted.config().public()
+    return keys | {key: computed[key] for key in keys.keys() & computed.keys() if key != "dtype"}  # that of a recipe is what is loaded in
+
+
+def _needed(wanted: Recipe) -> dict[str, Any]:
+    """The keys that make this recipe, without those that come out the same when they are left out."""
+    now, kept = meaning(wanted), wanted.resolved()
+    for key in now:
+        if key not in ALWAYS and _means({k: v for k, v in kept.items() if k != key}, now):
+            del kept[key]
+    return kept
+
+
+def _means(keys: dict[str, Any], now: dict[str, Any]) -> bool:
+    try:
+        return meaning(recipe(keys)) == now
+    except UserError:
+        return False
+
+
+def quantizing(wanted: Recipe) -> str:
+    """Of `torchao-qig quantize` with this recipe."""
+    words: list[str] = []
+    rest: list[str] = []
+    keys = _needed(wanted)
+    for key in sorted(keys, key=lambda k: QUANTIZE_FLAGS.index(k) if k in QUANTIZE_FLAGS else len(QUANTIZE_FLAGS)):
+        value, flag = keys[key], "--" + key.replace("_", "-")
+        if key == "model":
+            continue
+        if key == "int8_activations" and value is True:
+            words.append(flag)
+        elif key == "modules" and value:
+            words += [word for one in value for word in (flag, one)]
+        elif key in QUANTIZE_FLAGS and type(value) in (int, str) and not (key == "bits" and isinstance(value, str)):
+            words += [flag, str(value)]
+        else:
+            rest += ["--set", f"{key}={_yaml(value)}"]
+    return _joined("quantize", wanted.model, [*words, *rest])
