@@ -76,11 +76,12 @@ def test_one_call(family: str, tmp_path: Path) -> None:
 
 def test_defaults() -> None:
     """Integers are chosen, without scales; scales by QIG where integers are not ours to choose, or on request."""
-    assert (QIGWeightOnlyConfig().compensate, QIGWeightOnlyConfig().sensitivity) == (True, None)
+    assert (QIGWeightOnlyConfig().compensates, QIGWeightOnlyConfig().weighting) == (True, None)
     for config in (QIGWeightOnlyConfig(compensate=False), QIGWeightOnlyConfig(base_config=Int8WeightOnlyConfig()), QIGWeightOnlyConfig.paper()):
         assert (config.compensates, config.weighting) == (False, "qig")
-    assert QIGWeightOnlyConfig(sensitivity="qig").compensate
-    assert QIGWeightOnlyConfig(sensitivity="uniform", compensate=False).sensitivity == "uniform"
+    config = QIGWeightOnlyConfig(sensitivity="qig")
+    assert (config.compensates, config.weighting) == (True, "qig")
+    assert QIGWeightOnlyConfig(sensitivity="uniform", compensate=False).weighting == "uniform"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -78,8 +78,8 @@ def test_defaults() -> None:
     config = QIGInt8DynamicActivationConfig()
     assert (config.bits, config.group_size, config.symmetric) == (4, -1, True)
     assert (config.compensates, config.weighting) == (True, None)
-    assert QIGInt8DynamicActivationConfig(compensate=False).sensitivity == "qig"
-    assert QIGInt8DynamicActivationConfig(smoothquant=0.5, compensate=False).sensitivity is None
+    assert QIGInt8DynamicActivationConfig(compensate=False).weighting == "qig"
+    assert QIGInt8DynamicActivationConfig(smoothquant=0.5, compensate=False).weighting is None
     paper = QIGInt8DynamicActivationConfig.paper()
     assert (paper.sensitivity, paper.official, paper.warmup_groups, paper.compensate, paper.bits, paper.group_size) == ("qig", True, 0, False, 4, -1)
 

@@ -244,11 +244,9 @@ def test_shared_weights_have_one_form() -> None:
 # Memory
 
 
-def in_memory(stored: list[Tensor], store: Store) -> int:
+def in_memory(stored: list[Tensor]) -> int:
     """Bytes of the blocks of memory that these tensors live in, files not counted."""
-    files = {t.untyped_storage().data_ptr() for t in store._files.values()}
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stored}
-    return sum(size for address, size in held.items() if address not in files)
+    return sum({m.data_ptr(): m.nbytes() for t in stored if (m := t.untyped_storage()).filename is None}.values())
 
 
 @given(st.data())
@@ -270,7 +268,7 @@ def test_store_holds_no_more_than_its_limit(data: st.DataObject) -> None:
         kept += [tree["a"], *([store.put(t)] if action == "again" else [])]
         values += [t.clone()] * (len(kept) - len(values))
         del t, tree
-        assert store.held == in_memory(kept, store)
+        assert store.held == in_memory(kept)
         assert limit is None or store.held <= limit
     assert all(torch.equal(a, b) for a, b in zip(kept, values, strict=True))
     kept.clear()
@@ -289,7 +287,7 @@ def test_max_host_memory_is_a_bound(settings: dict[str, Any], limit: int, monkey
         out = put(self, tree)
         tree_map(lambda t: made.append((weakref.ref(t), self)) if isinstance(t, Tensor) else t, out)
         alive = [(t, s) for ref, s in made if (t := ref()) is not None]
-        most[0] = max(most[0], in_memory([t for t, _ in alive], self))
+        most[0] = max(most[0], in_memory([t for t, _ in alive]))
         assert len({id(s) for _, s in alive}) <= 1  # one store, one limit
         return out
 

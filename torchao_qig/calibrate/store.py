@@ -24,7 +24,6 @@ class Store:
         self.most = 0  # bytes in memory at most, so far
         self.filed = 0  # bytes ever written to files
         self._directory: tempfile.TemporaryDirectory[str] | None = None
-        self._files: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by id
         self._memory: dict[int, tuple[int, int]] = {}  # address of a block of memory -> stored tensors that live in it, bytes (0: of a file)
 
     def put(self, tree: Any) -> Any:
@@ -82,5 +81,4 @@ class Store:
         stored.copy_(t)
         with suppress(OSError):
             os.unlink(path)  # the space is free again when the tensor is gone
-        self._files[id(stored)] = stored
         return self._counted(stored, in_memory=False)
