@@ -52,6 +52,7 @@ ORDER = [
     "calibrate.rounding",
     "calibrate.allocate",
     "calibrate.distort",
+    "calibrate.draft",
     "calibrate.int8",
     "calibrate.block",
     "calibrate.apply",

@@ -20,7 +20,7 @@ import torchao_qig
 from tests.plain_models import Block, Decoder, tokens
 from tests.tiny_models import VLMS, gemma3, language_model, llama, qwen2, qwen3_moe
 from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
-from torchao_qig.calibrate.apply import changes, commit
+from torchao_qig.calibrate.draft import Draft
 
 QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=32, grid=6, compensate=False, verbose=False)
 FAMILIES = {**VLMS, "gemma3": gemma3, "llama": llama, "qwen3_moe": qwen3_moe, "qwen2": qwen2}
@@ -57,8 +57,7 @@ def test_one_call(family: str, tmp_path: Path) -> None:
     found = torchao_qig.calibrate(model, [inputs], QUICK())
     assert all(g.loss <= g.rounding_loss for g in found.groups.values())
     assert sum(g.loss for g in found.groups.values()) < 0.99 * sum(g.rounding_loss for g in found.groups.values())
-    simulated = copy.deepcopy(model)
-    commit(changes(simulated, found, dict.fromkeys(found.grids, QUICK()), simulate=True))
+    simulated = Draft(model, "", dict.fromkeys(found.grids, QUICK()), found.groups.values()).module(model, torch.device("cpu"))
 
     quantize_(model, QUICK(calib=[inputs]))
     assert packed(model).keys() == found.grids.keys()
@@ -124,8 +123,7 @@ def test_low_precision_models(dtype: torch.dtype) -> None:
     """Packed equals simulated to the dtype's rounding; scales carry what rounding did to norms and pre-scales."""
     model, inputs = VLMS["qwen2_vl"](dtype)
     found = torchao_qig.calibrate(model, [inputs], QUICK())
-    simulated = copy.deepcopy(model)
-    commit(changes(simulated, found, dict.fromkeys(found.grids, QUICK()), simulate=True))
+    simulated = Draft(model, "", dict.fromkeys(found.grids, QUICK()), found.groups.values()).module(model, torch.device("cpu"))
     quantize_(model, QUICK(calib=found))
     ours, theirs = run(model, inputs).float(), run(simulated, inputs).float()
     assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()

@@ -25,7 +25,7 @@ from tests.plain_models import Block, Decoder, tokens
 from tests.test_qig import FAMILIES, packed, run
 from tests.tiny_models import language_model, llama, qwen2
 from torchao_qig import Calibration, PackedIntTensor, PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
-from torchao_qig.calibrate.apply import changes, commit
+from torchao_qig.calibrate.draft import Draft
 
 QUICK = partial(QIGInt8DynamicActivationConfig, grid=6, compensate=False, verbose=False)
 WAYS: dict[str, dict[str, Any]] = {
@@ -56,14 +56,14 @@ def test_every_way_of_choosing(way: str) -> None:
     model, inputs = plain()
     config = QUICK(**WAYS[way])
     found = torchao_qig.calibrate(model, [inputs], config)
-    made, simulated, exact = copy.deepcopy(model), copy.deepcopy(model), called(model, inputs)
+    made, exact = copy.deepcopy(model), called(model, inputs)
     config.calib = found
     quantize_(made, config)
     weights = packed(made)
     assert weights.keys() == found.grids.keys() != set()
     assert all(w.int8_activations and w.bits == config.bits and w.group_size == config.group_size for w in weights.values())
     if not config.rounds:
-        commit(changes(simulated, found, dict.fromkeys(found.grids, config), simulate=True))
+        simulated = Draft(model, "", dict.fromkeys(found.grids, config), found.groups.values()).module(model, torch.device("cpu"))
         torch.testing.assert_close(called(made, inputs), called(simulated, inputs), rtol=1e-3, atol=1e-3)
     rounded = copy.deepcopy(model)
     quantize_(rounded, QUICK(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric, sensitivity=None), filter_fn=lambda m, n: n in weights)

@@ -19,7 +19,7 @@ from tests.test_qig import packed, run
 from tests.test_w4a8 import QUICK, called, plain
 from tests.tiny_models import llama, qwen2
 from torchao_qig import Calibration, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
-from torchao_qig.calibrate.apply import changes, commit
+from torchao_qig.calibrate.draft import Draft
 from torchao_qig.calibrate.run import Run
 
 
@@ -160,8 +160,7 @@ def test_linears_that_do_more_stay_whole() -> None:
         assert found.grids
         assert not any("odd" in name for name in found.grids)
         block, linears = model.blocks[0], dict.fromkeys((n for n in found.grids if n.startswith("blocks.0.")), QUICK(**way))
-        bent = copy.deepcopy(model)
-        commit(changes(bent, Calibration(groups=found.groups), linears, simulate=True))
+        bent = Draft(model, "", linears, found.groups.values()).module(model, torch.device("cpu"))
         x = torch.randn(2, 4, block.q.in_features)
         assert torch.equal(bent.blocks[0].odd(x)[1], block.odd(x)[1])
 

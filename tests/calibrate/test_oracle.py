@@ -13,6 +13,7 @@ import torchao_qig
 from tests.oracle import OfficialGroup, candidate_scales, integer_linear, integer_path_weights, official_asymmetric
 from torchao_qig import Calibration, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 from torchao_qig.calibrate.apply import changes, commit
+from torchao_qig.calibrate.draft import Draft
 from torchao_qig.calibrate.fold import scaled_linear
 
 B, T, H = 3, 12, 64
@@ -144,10 +145,9 @@ def test_inputs_of_the_quantized_model(kv_heads: int, weighting: str) -> None:
     answer, vision = inputs["caption_mask"].float(), inputs["vision_mask"].float()
     so_far = Calibration()
     for number, (label, group) in enumerate(clean.items()):
-        bent = copy.deepcopy(model)
         layer = label.split(".")[2]
         blocks = [n for n in linear_names(model) if int(n.split(".")[2]) <= int(layer)]
-        commit(changes(bent, so_far, dict.fromkeys(blocks, config), simulate=True))
+        bent = Draft(model, "", dict.fromkeys(blocks, config), so_far.groups.values()).module(model, torch.device("cpu"))
         distorted = list(groups(bent, inputs, 3, 32).values())[number]
         if weighting == "modality":
             w = (answer + 0.5 * vision) / (answer.sum() + vision.sum())
@@ -182,7 +182,7 @@ def test_int8_activations(kind: str, kv_heads: int, method: str, squared: bool) 
     assert list(found.groups) == list(clean)
     for number, (label, group) in enumerate(clean.items()):
         bent = copy.deepcopy(model)
-        commit(changes(bent, so_far, dict.fromkeys(linear_names(model), QIGWeightOnlyConfig.paper(bits=8, group_size=-1)), simulate=False))
+        commit(changes(bent, so_far, dict.fromkeys(linear_names(model), QIGWeightOnlyConfig.paper(bits=8, group_size=-1))))
         for name in linear_names(model):
             layer, scaled = bent.get_submodule(name), copy.deepcopy(model.get_submodule(name))
             weight, bias = scaled_linear(scaled, *scales_of(so_far, name))

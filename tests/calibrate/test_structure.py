@@ -16,9 +16,9 @@ import torchao_qig
 from tests.plain_models import MLP, WIDTH, Block, CrossBlock, Decoder, Experts, GatedBlock, InPlaceBlock, OuterResidual, ParallelBlock, RMSNorm, tokens
 from tests.tiny_models import VLMS, gemma3, llama, qwen3_moe
 from torchao_qig import PackedIntTensor, QIGWeightOnlyConfig
-from torchao_qig.calibrate.apply import changes, commit
 from torchao_qig.calibrate.batches import as_batch
 from torchao_qig.calibrate.chains import find_chains, quiet
+from torchao_qig.calibrate.draft import Draft
 from torchao_qig.config import PackedIntWeightOnlyConfig
 
 QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=16, grid=4, compensate=False, verbose=False)
@@ -192,8 +192,8 @@ def test_folding_is_exact(seed: int, block: Callable[[], nn.Module]) -> None:
     targets = {n: QUICK() for n in found.grids}
     with torch.no_grad():
         expected = copied(ids)
-        _only_scale(copied, found, targets)
-        torch.testing.assert_close(copied(ids), expected, rtol=1e-9, atol=1e-9)
+        scaled = Draft(copied, "", targets, found.groups.values()).module(copied, torch.device("cpu"), rest="exact")
+        torch.testing.assert_close(scaled(ids), expected, rtol=1e-9, atol=1e-9)
 
 
 _cache: dict[Any, Any] = {}
@@ -205,18 +205,6 @@ def _calibrated(block: Callable[[], nn.Module]) -> tuple[tuple[nn.Module, torcha
         model = Decoder(block, layers=1).double()
         _cache[key] = model, calibrate(model, {"input_ids": tokens()})
     return _cache[key], tokens()
-
-
-def _only_scale(model: nn.Module, found: torchao_qig.Calibration, targets: dict[str, QIGWeightOnlyConfig]) -> None:
-    """What `changes` does, with rounding replaced by nothing."""
-    import torchao_qig.calibrate.apply as apply
-
-    original = apply.rounder
-    apply.rounder = lambda config, dtype: lambda w, scale: w  # type: ignore[assignment]
-    try:
-        commit(changes(model, found, targets, simulate=True))
-    finally:
-        apply.rounder = original
 
 
 def test_blocks_that_write_in_place() -> None:

@@ -72,10 +72,8 @@ def dense(weight: Tensor) -> Tensor:
     return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T
 
 
-def quantize_weight(w: Tensor, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> Tensor:
+def quantize_weight(w: Tensor, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> PackedIntTensor:
     """The packed form of a weight that carries its scales already."""
-    if config.base_config is not None:
-        return quantized_weight(w.to(dtype), config.base_config)
     return PackedIntTensor.from_hp(w, config.bits, config.group_size, config.symmetric, config.dtype or dtype, config.official, config.int8_activations)
 
 
@@ -136,40 +134,38 @@ class Scales:
         self.columns.update(dict.fromkeys(members, scale))
 
 
-def changes(model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOnlyConfig], simulate: bool = False) -> list[Change]:
-    """All parameters to set in `model` so that `targets` are quantized as calibrated.
+def packed_by_base_config(weight: Tensor, config: QIGWeightOnlyConfig, dtype: torch.dtype, before: Tensor | None) -> Tensor:
+    """What a base config makes of a weight that carries its scales already; `before` multiplies its input."""
+    value = quantized_weight(weight.to(dtype), config.base_config)
+    if before is not None:
+        if not hasattr(value, "act_pre_scale"):
+            raise UserError(f"base_config={config.base_config!r}: its {type(value).__name__} takes no act_pre_scale; pass pre_scale=False or another config")
+        value.act_pre_scale = before
+    return value
 
-    With `simulate` weights stay dense and get the values that the packed ones stand for (a base config's integer products run as they are).
-    """
+
+def changes(model: nn.Module, found: Calibration, targets: dict[str, QIGWeightOnlyConfig]) -> list[Change]:
+    """All parameters to set in `model` so that `targets` are quantized as calibrated."""
     scales, shared = Scales(model, found, targets), SharedWeights(model, targets)
     made = list(scales.norms)
     values: dict[int, nn.Parameter] = {}  # by weight: linears that share one go on sharing
-    if not simulate:
-        _refuse_to_untie(model, targets)
+    _refuse_to_untie(model, targets)
     for name, config in targets.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        dtype = linear.weight.dtype
-        weight, bias = scaled_linear(linear, scales.columns.get(name), scales.rows.get(name))
-        before, source = scales.before.get(name), shared.decided(name, found.weights)
         if name in shared and id(linear.weight) in values:
             made.append(Change(linear, "weight", values[id(linear.weight)]))
             continue
-        if simulate and not (config.int8_activations and config.base_config is not None):
-            if config.int8_activations:
-                made.append(Change(linear, "forward", rounding_forward(linear, before, config.official)))
-            value = _chosen(source, found, targets, linear).dequantize(torch.float32) if source is not None else rounder(config, dtype)(weight, None)
-            value = (value if before is None else value * before.to(value)).to(dtype)
+        dtype, before, source = linear.weight.dtype, scales.before.get(name), shared.decided(name, found.weights)
+        weight, bias = scaled_linear(linear, scales.columns.get(name), scales.rows.get(name))
+        value: Any
+        if config.base_config is not None:
+            value = packed_by_base_config(weight, config, dtype, before)
         else:
             value = _chosen(source, found, targets, linear) if source is not None else quantize_weight(weight, config, dtype)
-            if before is not None:
-                if not hasattr(value, "act_pre_scale"):
-                    raise UserError(
-                        f"base_config={config.base_config!r}: its {type(value).__name__} takes no act_pre_scale; pass pre_scale=False or another config"
-                    )
-                value.act_pre_scale = before
-            elif config.pre_scaled:
-                value.act_pre_scale = torch.ones(linear.in_features, dtype=dtype, device=linear.weight.device)
+            value.act_pre_scale = before
+        if before is None and config.pre_scaled:
+            value.act_pre_scale = torch.ones(linear.in_features, dtype=dtype, device=linear.weight.device)
         values[id(linear.weight)] = _frozen(value)
         made.append(Change(linear, "weight", values[id(linear.weight)]))
         if bias is not None and name in scales.rows:

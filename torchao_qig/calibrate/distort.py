@@ -6,39 +6,18 @@ list of blocks ends and another begins (a vision tower, a decoder, a head), the 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchao_qig.calibrate.apply import changes, commit
 from torchao_qig.calibrate.block import Block
+from torchao_qig.calibrate.draft import Draft
 from torchao_qig.calibrate.observer import Call, Observer, Seen, patched, replica
 from torchao_qig.calibrate.result import Calibration
 from torchao_qig.calibrate.stream import Stream, cast
 from torchao_qig.calibrate.work import Part, Work
 from torchao_qig.config import QIGWeightOnlyConfig
-
-
-def quantized_so_far(
-    module: nn.Module, name: str, found: Calibration, configs: dict[str, QIGWeightOnlyConfig], device: torch.device, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """A copy of a block as calibration has decided so far: scales, chosen integers, all other linears rounded to nearest.
-
-    `name` is the block's in the model, `configs` are those of its linears that are quantized, by name in the block.
-    """
-    of_block = found.of_block(name)
-    groups = {r.label: replace(r, linears=[_inner(name, n) for n in r.linears], fold_into=_inner(name, r.fold_into)) for r in of_block.groups.values()}
-    bent = replica(module, device, dtype)
-    weights = {_inner(name, n): w for n, w in of_block.weights.items()}
-    commit(changes(bent, Calibration(groups=groups, weights=weights), configs, simulate=True))
-    return bent
-
-
-def _inner(block: str, full: str) -> str:
-    """A module's name in its block."""
-    return "" if full == block else full.removeprefix(f"{block}.")
 
 
 @contextmanager
@@ -48,7 +27,7 @@ def running_quantized(root: nn.Module, blocks: dict[str, dict[str, QIGWeightOnly
     plain = {name: replica(module, _device_of(module)) for name, module in modules.items()}  # without the forwards that are exchanged below
 
     def forward_of(name: str) -> Callable[..., Any]:
-        return lambda *args, **kwargs: quantized_so_far(plain[name], name, found, blocks[name], _device_of(plain[name]))(*args, **kwargs)
+        return lambda *args, **kwargs: Draft.of(root, name, blocks[name], found).module(plain[name], _device_of(plain[name]))(*args, **kwargs)
 
     with patched({module: forward_of(name) for name, module in modules.items()}):
         yield

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from torchao_qig.calibrate import ranks
-from torchao_qig.calibrate.apply import Scales, rounding_forward
 from torchao_qig.calibrate.block import Block
 from torchao_qig.calibrate.compensate import clipped_qparams, compensated, row_errors, target
 from torchao_qig.calibrate.distort import Distortion
-from torchao_qig.calibrate.fold import scaled_linear
+from torchao_qig.calibrate.draft import Draft
 from torchao_qig.calibrate.groups import join
-from torchao_qig.calibrate.observer import replica
-from torchao_qig.calibrate.result import Calibration, GroupResult
+from torchao_qig.calibrate.result import GroupResult
 from torchao_qig.calibrate.work import Part, Work
 from torchao_qig.config import QIGWeightOnlyConfig
 from torchao_qig.tensor import PackedIntTensor, affine
@@ -38,35 +36,8 @@ class Rounding:
         self, root: nn.Module, block: Block, name: str, results: Iterable[GroupResult], configs: dict[str, QIGWeightOnlyConfig], distortion: Distortion | None
     ) -> None:
         self.root, self.block, self.name, self.configs, self.distortion = root, block, name, configs, distortion
-        self.scales = Scales(root, Calibration(groups={r.label: r for r in results}), {join(name, n): c for n, c in configs.items()})
-        self.bent = replica(block.exact, block.device)  # the block as it will be
-        inside = {id(m): n for n, m in root.get_submodule(name).named_modules()}
-        for change in self.scales.norms:
-            assert change.value is not None
-            self._set(inside[id(change.module)], change.name, change.value)
-        for inner in configs:
-            weight, bias = self._scaled(inner)
-            self._put(inner, weight)
-            if block.config.int8_activations:
-                linear = self.bent.get_submodule(inner)
-                assert isinstance(linear, nn.Linear)
-                linear.forward = rounding_forward(linear, self.scales.before.get(join(name, inner)), block.config.official)
-            if bias is not None:
-                self._set(inner, "bias", bias)
-
-    def _set(self, module: str, name: str, value: Tensor) -> None:
-        setattr(self.bent.get_submodule(module), name, nn.Parameter(value.to(self.block.device, self.block.main_dtype), requires_grad=False))
-
-    def _scaled(self, inner: str) -> tuple[Tensor, Tensor | None]:
-        linear, full = self.root.get_submodule(join(self.name, inner)), join(self.name, inner)
-        assert isinstance(linear, nn.Linear)
-        weight, bias = scaled_linear(linear, self.scales.columns.get(full), self.scales.rows.get(full))
-        return weight.to(self.block.device), bias
-
-    def _put(self, inner: str, weight: Tensor) -> None:
-        """Give the bent block a weight that already carries its scales."""
-        before = self.scales.before.get(join(self.name, inner))
-        self._set(inner, "weight", weight if before is None else weight * before.to(weight))
+        self.draft = Draft(root, name, configs, results)
+        self.bent = self.draft.module(block.exact, block.device, rest="exact")  # the block as it will be
 
     def round(self, work: Work, decided: dict[str, PackedIntTensor]) -> tuple[dict[str, PackedIntTensor], tuple[float, float]]:
         """The packed weights of a group, and its squared error: of rounding to nearest, and of these.
@@ -85,28 +56,31 @@ class Rounding:
         errors = [(0.0, 0.0)]
         for names in by_config.values():
             config = self.configs[names[0]]
-            weights = [self._scaled(inner)[0] for inner in names]
+            weights = [self._scaled(inner) for inner in names]
             codes, scale, zero, error = rounded(torch.cat(weights), sums, config, config.dtype or self.block.model_dtype)
             errors.append(error)
             dense = affine.dequantize(codes, scale, zero, config.group_size, torch.float32)
             sizes = [len(w) for w in weights]
             for inner, c, s, z, d in zip(names, *(t.split(sizes) for t in (codes, scale, zero, dense)), strict=True):
-                self._put(inner, d)
+                self.draft.put(self.bent, inner, d)
                 new[inner] = PackedIntTensor.from_codes(c, s, z, config.bits, config.group_size, config.int8_activations).cpu()
         for inner in work.group.linears:
             if inner not in new:
                 source = decided.get(inner)
                 source = source if source is not None else new[first[id(self.root.get_submodule(join(self.name, inner)).weight)]]
-                config, weight, dense = self.configs[inner], self._scaled(inner)[0], source.to(self.block.device).dequantize(torch.float32)
+                config, weight, dense = self.configs[inner], self._scaled(inner), source.to(self.block.device).dequantize(torch.float32)
                 errors.append(squared_errors(weight, aim(weight, sums, config), dense.to(weight), sums, config, config.dtype or self.block.model_dtype))
-                self._put(inner, dense)
+                self.draft.put(self.bent, inner, dense)
                 new[inner] = source
         nearest, final = (sum(both) for both in zip(*errors, strict=True))
         return {join(self.name, inner): weight for inner, weight in new.items()}, (nearest, final)
 
+    def _scaled(self, inner: str) -> Tensor:
+        return self.draft.scaled(inner)[0].to(self.block.device)
+
     def _grams(self, work: Work) -> Grams:
-        full = join(self.name, work.group.linears[0])
-        columns, before = (None if t is None else t.to(self.block.device) for t in (self.scales.columns.get(full), self.scales.before.get(full)))
+        first, scales = work.group.linears[0], self.draft.scales
+        columns, before = (None if t is None else t.to(self.block.device) for t in (scales.columns.get(join(self.name, first)), self.draft.before(first)))
         channels = self.block.weight(work.group.linears[0]).shape[1]
         total = torch.zeros(2, channels, channels, device=self.block.device)
 

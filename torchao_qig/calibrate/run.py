@@ -18,7 +18,8 @@ from torchao_qig.calibrate.apply import grid_of, integer_product, rounder
 from torchao_qig.calibrate.batches import Batch, naming, read
 from torchao_qig.calibrate.block import CHEAP, DEAR, Block
 from torchao_qig.calibrate.chains import Chain, NotRun, find_chains, quiet, running_order
-from torchao_qig.calibrate.distort import Distortion, quantized_so_far, running_quantized
+from torchao_qig.calibrate.distort import Distortion, running_quantized
+from torchao_qig.calibrate.draft import Draft
 from torchao_qig.calibrate.fold import Fold, Folds, SmallRun
 from torchao_qig.calibrate.groups import Group, join, labels, linears_in
 from torchao_qig.calibrate.int8 import Int8Block, smoothing_scale
@@ -295,7 +296,7 @@ class Run:
         if self.config.rounds:
             bent = self._round(block, name, results, mine, names)
         elif self.distortion:
-            bent = quantized_so_far(block.exact, name, self.found, mine, block.device)
+            bent = Draft.of(self.model, name, mine, self.found).module(block.exact, block.device)
         if self.distortion:
             self.distortion.advance(block, bent)
         errors = [self.found.squared_errors[label] for label in names.values()] if self.config.rounds else [(r.rounding_loss, r.loss) for r in results]
@@ -309,7 +310,7 @@ class Run:
             self._weigh(block, work, name)
         routed = all(part.layout.rows is not None for part in work.parts)
         if self.distortion and self.config.on_quantized_inputs and (placed or int8) and not routed:
-            self.distortion.feed(block, quantized_so_far(block.exact, name, self.found, mine, block.device), work)
+            self.distortion.feed(block, Draft.of(self.model, name, mine, self.found).module(block.exact, block.device), work)
         if int8:
             self._weigh(block, work, name)
 
