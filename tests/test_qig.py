@@ -57,7 +57,7 @@ def test_one_call(family: str, tmp_path: Path) -> None:
     found = torchao_qig.calibrate(model, [inputs], QUICK())
     assert all(g.loss <= g.rounding_loss for g in found.groups.values())
     assert sum(g.loss for g in found.groups.values()) < 0.99 * sum(g.rounding_loss for g in found.groups.values())
-    simulated = Draft(model, "", dict.fromkeys(found.grids, QUICK()), found.groups.values()).module(model, torch.device("cpu"))
+    simulated = Draft(model, "", dict.fromkeys(found.grids, QUICK().form), found.groups.values()).module(model, torch.device("cpu"))
 
     quantize_(model, QUICK(calib=[inputs]))
     assert packed(model).keys() == found.grids.keys()
@@ -123,7 +123,7 @@ def test_low_precision_models(dtype: torch.dtype) -> None:
     """Packed equals simulated to the dtype's rounding; scales carry what rounding did to norms and pre-scales."""
     model, inputs = VLMS["qwen2_vl"](dtype)
     found = torchao_qig.calibrate(model, [inputs], QUICK())
-    simulated = Draft(model, "", dict.fromkeys(found.grids, QUICK()), found.groups.values()).module(model, torch.device("cpu"))
+    simulated = Draft(model, "", dict.fromkeys(found.grids, QUICK().form), found.groups.values()).module(model, torch.device("cpu"))
     quantize_(model, QUICK(calib=found))
     ours, theirs = run(model, inputs).float(), run(simulated, inputs).float()
     assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()

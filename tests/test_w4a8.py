@@ -63,7 +63,7 @@ def test_every_way_of_choosing(way: str) -> None:
     assert weights.keys() == found.grids.keys() != set()
     assert all(w.int8_activations and w.bits == config.bits and w.group_size == config.group_size for w in weights.values())
     if not config.rounds:
-        simulated = Draft(model, "", dict.fromkeys(found.grids, config), found.groups.values()).module(model, torch.device("cpu"))
+        simulated = Draft(model, "", dict.fromkeys(found.grids, config.form), found.groups.values()).module(model, torch.device("cpu"))
         torch.testing.assert_close(called(made, inputs), called(simulated, inputs), rtol=1e-3, atol=1e-3)
     rounded = copy.deepcopy(model)
     quantize_(rounded, QUICK(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric, sensitivity=None), filter_fn=lambda m, n: n in weights)

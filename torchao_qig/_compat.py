@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from torchao_qig.errors import UserError
+
 try:
     from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
     from torchao.prototype.safetensors import safetensors_utils
@@ -41,7 +43,7 @@ except (ImportError, AttributeError) as error:
 
 __all__ = [
     "INT8_DYNAMIC_CONFIGS", "FqnToConfig", "OurConfig", "QuantizeCall", "find_quantize_call", "quantized_weight", "register",
-    "register_quantize_module_handler", "stacklevel",
+    "register_quantize_module_handler", "stacklevel", "tensor_class",
 ]  # fmt: skip
 
 
@@ -51,6 +53,13 @@ def register(tensor_class: type) -> None:
     SAFETENSORS_CLASSES[tensor_class.__name__] = tensor_class
     if tensor_class.__name__ not in SAFETENSORS_NAMES:
         SAFETENSORS_NAMES.append(tensor_class.__name__)  # in place: transformers and vLLM hold this list
+
+
+def tensor_class(name: str) -> Any:
+    """The tensor class with this name that files may hold: torchao's own, and what `register` has entered."""
+    if name not in SAFETENSORS_CLASSES:
+        raise UserError(f"weights are stored as {name}, which is no known tensor class; import the package that defines it first")
+    return SAFETENSORS_CLASSES[name]
 
 
 def quantized_weight(weight: Tensor, config: Any) -> Tensor:

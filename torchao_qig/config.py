@@ -8,6 +8,7 @@ from torchao.core.config import AOBaseConfig
 
 from torchao_qig._compat import INT8_DYNAMIC_CONFIGS, OurConfig
 from torchao_qig.errors import UserError
+from torchao_qig.formats import Affine, CodedFormat, Float, Foreign, Format, Int8PerToken, LinearForm
 from torchao_qig.tensor.affine import check_grid
 
 FULL = 16  # bits of a weight that is not quantized
@@ -43,6 +44,11 @@ class PackedIntWeightOnlyConfig(OurConfig):
         check_grid(self.bits, self.group_size, self.symmetric)
         _check_dtype("dtype", self.dtype)
 
+    @property
+    def form(self) -> LinearForm:
+        """What every linear becomes."""
+        return LinearForm(Affine(self.bits, self.group_size, self.symmetric), dtype=self.dtype)
+
 
 @dataclass
 class QIGWeightOnlyConfig(OurConfig):
@@ -58,6 +64,7 @@ class QIGWeightOnlyConfig(OurConfig):
         budget: for bits="auto": the mean number of bits per weight, scales not counted, 16 for a weight that stays.
         max_bytes: for bits="auto", instead: what the weights may take in all, scales counted.
         base_config: another torchao config to quantize with, instead of these; its weights must take an `act_pre_scale`.
+        format: another stored form to quantize with (`torchao_qig.formats`), instead of bits, group_size and symmetric.
         modules: names of modules whose linears are quantized ("visual", "lm_head", "model.layers.3"; a name stands for all
             that ends in it); None: the decoder's repeated blocks.
         fold: put scales into norms and linears before, where that is exact.
@@ -102,6 +109,7 @@ class QIGWeightOnlyConfig(OurConfig):
     budget: float | None = None
     max_bytes: int | None = None
     base_config: AOBaseConfig | None = None
+    format: Format | None = None
     modules: list[str] | None = None
     fold: bool = True
     pre_scale: bool = True
@@ -153,12 +161,23 @@ class QIGWeightOnlyConfig(OurConfig):
             raise UserError("fold=False, pre_scale=False: then there is nowhere to put a scale; set one of them, or sensitivity=None")
         if self.base_config is not None and not isinstance(self.base_config, AOBaseConfig):
             raise UserError(f"base_config={self.base_config!r}: pass a torchao config such as Int8WeightOnlyConfig()")
+        self._check_format()
         for name, low, high in (("damping", 0.0, float("inf")), ("repair", 0.0, 1.0)):
             _check_number(name, getattr(self, name), low, high)
         if self.rounds and self.base_config is not None:
             raise UserError("base_config: chooses its own integers; leave it out, or clip=True and compensate=True")
         if self.step == "prepare" and self.calib is not None:
             raise UserError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
+
+    @property
+    def form(self) -> LinearForm:
+        """What every linear becomes; a number of bits for each is `at(bits).form`."""
+        activations = Int8PerToken(self.official) if self.int8_activations else Float()
+        if self.base_config is not None:
+            return LinearForm(Foreign(self.base_config), activations)
+        if self.format is not None:
+            return LinearForm(self.format, activations, self.dtype)
+        return LinearForm(Affine(self.bits, self.group_size, self.symmetric, self.official), activations, self.dtype)
 
     @property
     def compensates(self) -> bool:
@@ -191,6 +210,16 @@ class QIGWeightOnlyConfig(OurConfig):
             )
         if not isinstance(self.bits, int) and self.base_config is not None:
             raise UserError(f"bits={self.bits!r}: base_config has its own bits; leave one of them out")
+
+    def _check_format(self) -> None:
+        if self.format is None:
+            return
+        if not isinstance(self.format, Format):
+            raise UserError(f"format={self.format!r}: pass a Format such as torchao_qig.formats.Affine(bits=3); a torchao config goes into base_config")
+        if self.base_config is not None or not isinstance(self.bits, int):
+            raise UserError(f"format={self.format!r} says how weights are stored; leave {'bits' if self.base_config is None else 'base_config'} out")
+        if self.rounds and not isinstance(self.format, CodedFormat):
+            raise UserError(f"format={self.format!r}: chooses its own integers; pass compensate=False and clip=False")
 
     def at(self, bits: int) -> "QIGWeightOnlyConfig":
         """The same with so many bits for every weight."""
@@ -242,10 +271,10 @@ class QIGWeightOnlyConfig(OurConfig):
 
     def public(self) -> dict[str, Any]:
         """The fields that say what is computed, as JSON can hold them."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*RUNTIME, "version", "base_config")}
-        base = None if self.base_config is None else repr(self.base_config)
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*RUNTIME, "version", "base_config", "format")}
+        base, fmt = (None if form is None else repr(form) for form in (self.base_config, self.format))
         kept |= {"sensitivity": self.weighting, "compensate": self.compensates}
-        return {**kept, "dtype": None if self.dtype is None else str(self.dtype), "base_config": base, "int8_activations": self.int8_activations}
+        return {**kept, "dtype": None if self.dtype is None else str(self.dtype), "base_config": base, "format": fmt, "int8_activations": self.int8_activations}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QIGWeightOnlyConfig":
         new = object.__new__(type(self))  # shares the loader and the model: a generator cannot be copied

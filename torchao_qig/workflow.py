@@ -2,7 +2,7 @@
 
 torchao walks the model and hands a handler one module at a time. The first handler of a call does all of the call's work (`quantize_all`): it looks at all
 that torchao will hand over, refuses what is wrong while the model is still whole, calibrates where there is data, and sets every packed weight.
-When torchao comes by with the other modules, `_handle` makes sure that they are done.
+When torchao comes by with the other modules, `quantize_module` makes sure that they are done.
 
 Two handlers are called outside such a walk, and quantize the one module that they get: by torchao's own algorithms (AWQ, SmoothQuant), which hand over
 a linear that they have scaled, and directly.
@@ -12,6 +12,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torchao_qig import _compat
 from torchao_qig.config import PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 from torchao_qig.errors import UserError
 from torchao_qig.integrations import transformers
-from torchao_qig.tensor import PackedIntTensor, affine
+from torchao_qig.tensor import PackedIntTensor
 
 logger = logging.getLogger(__name__)
 
@@ -184,8 +185,8 @@ def _obstacle(module: nn.Module, name: str, config: Config, work: Work | None) -
         holders = work.model.holders(weight)
         if len(holders) > 1 and not all(isinstance(m, nn.Linear) and (id(m), n) in work.assigned for m, n in holders):
             return "tied"  # to a module that is not quantized (an embedding, mostly)
-    own_grid = getattr(config, "base_config", None) is None
-    return "misfit" if own_grid and not affine.fits(weight.shape[-1], config.group_size) else None
+    rows, columns = weight.shape[-2:]
+    return "misfit" if config.form.format.misfit(rows, columns) is not None else None
 
 
 def _set(module: nn.Module, name: str, packed: Tensor | nn.Parameter) -> None:
@@ -207,14 +208,8 @@ def _rounded(weight: Tensor, config: Config) -> nn.Parameter:
     """The packed form of a weight, rounded to nearest. Loaders need this without calibration being imported."""
     _refuse_without_data(config)
     weight = weight.detach()
-    if isinstance(config, PackedIntWeightOnlyConfig):
-        return nn.Parameter(PackedIntTensor.from_hp(weight, config.bits, config.group_size, config.symmetric, config.dtype), requires_grad=False)
-    if config.base_config is not None:
-        packed = _compat.quantized_weight(weight, config.base_config)
-    else:
-        packed = PackedIntTensor.from_hp(weight, config.bits, config.group_size, config.symmetric, config.dtype, config.official)
-        packed.int8_activations = config.int8_activations and weight.dim() == 2  # stacks of experts are multiplied by other products
-    if config.pre_scaled:
+    packed: Any = config.form.stored(weight, weight.dtype)
+    if isinstance(config, QIGWeightOnlyConfig) and config.pre_scaled:
         packed.act_pre_scale = torch.ones(weight.shape[-1], dtype=weight.dtype, device=weight.device)
     return nn.Parameter(packed, requires_grad=False)
 

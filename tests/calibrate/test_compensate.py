@@ -10,7 +10,10 @@ from torch import Tensor
 
 from tests.strategies import Grid, grids, make_weight
 from torchao_qig.calibrate import compensate
-from torchao_qig.calibrate.compensate import clipped_qparams, compensated, group_errors, row_errors, target
+from torchao_qig.calibrate.compensate import compensated, target
+from torchao_qig.formats import Affine
+from torchao_qig.formats.affine import group_errors
+from torchao_qig.formats.base import row_errors
 from torchao_qig.tensor import affine
 
 COLUMNS = 64
@@ -55,8 +58,10 @@ def test_never_worse_than_nearest(problem: tuple[Grid, str, str, int, int], damp
     """Row by row on the same grid, whatever the inputs; codes lie on the grid and scales stay positive."""
     grid = problem[0]
     w, gram, scale, zero = made(*problem)
-    codes, fitted = compensated(w, gram, scale, zero, grid.bits, grid.group_size, damping, sweeps)
-    assert codes.dtype == torch.uint8
+    codes, (fitted, kept) = compensated(w, gram, Affine(*grid), (scale, zero), damping, sweeps)
+    assert torch.equal(kept, zero)
+    assert torch.equal(codes, codes.round())
+    assert int(codes.min()) >= 0
     assert int(codes.max()) < 2**grid.bits
     assert (fitted > 0).all()
     assert fitted.dtype == scale.dtype
@@ -72,7 +77,7 @@ def test_between_brute_force_and_nearest(seed: int, bits: int, correlated: bool)
     """Five columns on a full-rank problem: no better than the best of all codes, no worse than rounding; scales are kept."""
     w, x = make_weight("normal", 3, 5, torch.float32, seed), inputs("correlated" if correlated else "plain", 40, 5, seed)
     gram, (scale, zero) = x.T @ x / 40, affine.choose_qparams(w, bits, -1)
-    codes, fitted = compensated(w, gram, scale, zero, bits, -1, damping=0.0, sweeps=0)
+    codes, (fitted, _) = compensated(w, gram, Affine(bits, -1), (scale, zero), damping=0.0, sweeps=0)
     assert torch.equal(fitted, scale)
     every = torch.tensor(list(itertools.product(range(2**bits), repeat=5)))
     errors = torch.stack([row_errors((every - zero[n].float()) * scale[n] - w[n], gram) for n in range(3)])
@@ -86,7 +91,7 @@ def test_sweeps_reach_the_best_code_of_each_column() -> None:
     w, x = make_weight("normal", 4, 48, torch.float32, 3).double(), inputs("correlated", 200, 48, 3).double()
     gram = x.T @ x / 200
     scale, zero = affine.choose_qparams(w, 2, 16)
-    codes, fitted = compensated(w, gram, scale, zero, 2, 16, damping=0.0, sweeps=60)
+    codes, (fitted, _) = compensated(w, gram, Affine(2, 16), (scale, zero), damping=0.0, sweeps=60)
     best = row_errors(affine.dequantize(codes, fitted, zero, 16) - w, gram)
     for column, change in itertools.product(range(48), (-1, 1)):
         other = codes.clone().int()
@@ -100,13 +105,13 @@ def test_better_on_correlated_inputs() -> None:
     gram, (scale, zero) = x.T @ x / 2000, affine.choose_qparams(w, 3, 64)
 
     def error(sweeps: int, scale: Tensor, zero: Tensor) -> float:
-        codes, fitted = compensated(w, gram, scale, zero, 3, 64, sweeps=sweeps)
+        codes, (fitted, _) = compensated(w, gram, Affine(3, 64), (scale, zero), sweeps=sweeps)
         return float(row_errors(affine.dequantize(codes, fitted, zero, 64) - w, gram).sum())
 
     plain = float(row_errors(nearest(w, scale, zero, Grid(3, 64, False)) - w, gram).sum())
     passed_on = error(0, scale, zero)
     swept = error(2, scale, zero)
-    clipped = error(2, *clipped_qparams(w, gram, 3, 64))
+    clipped = error(2, *Affine(3, 64).fit(w, w.dtype, gram))
     assert passed_on < 0.3 * plain
     assert swept < 0.9 * passed_on
     assert clipped < 0.95 * swept
@@ -118,7 +123,7 @@ def test_clipping(problem: tuple[Grid, str, str, int, int]) -> None:
     """No group's error grows, and one that nothing can improve keeps its whole range."""
     grid = problem[0]
     w, gram, scale, zero = made(*problem)
-    clipped_scale, clipped_zero = clipped_qparams(w, gram, *grid)
+    clipped_scale, clipped_zero = Affine(*grid).fit(w, w.dtype, gram)
     before = group_errors(nearest(w, scale, zero, grid) - w, gram, grid.group_size)
     after = group_errors(nearest(w, clipped_scale, clipped_zero, grid) - w, gram, grid.group_size)
     assert (after <= before).all()
@@ -131,7 +136,7 @@ def test_weights_on_the_grid_stay(grid: Grid, seed: int) -> None:
     """Nothing to lose: a weight that its grid holds exactly comes back as it is."""
     w, gram, scale, zero = made(grid, "normal", "correlated", 300, seed)
     exact = nearest(w, scale, zero, grid)
-    codes, fitted = compensated(exact, gram, scale, zero, grid.bits, grid.group_size)
+    codes, (fitted, _) = compensated(exact, gram, Affine(*grid), (scale, zero))
     torch.testing.assert_close(affine.dequantize(codes, fitted, zero, grid.group_size), exact, rtol=1e-5, atol=1e-6)
 
 
@@ -140,8 +145,9 @@ def test_weights_on_the_grid_stay(grid: Grid, seed: int) -> None:
 def test_units_of_the_weights_do_not_matter(seed: int, factor: float) -> None:
     """Token weights times a power of two: the same codes."""
     w, gram, scale, zero = made(Grid(3, 16, False), "outliers", "correlated", 300, seed)
-    for a, b in zip(compensated(w, gram, scale, zero, 3, 16), compensated(w, gram * factor, scale, zero, 3, 16), strict=True):
-        assert torch.equal(a, b)
+    (codes, params), (others, fitted) = (compensated(w, g, Affine(3, 16), (scale, zero)) for g in (gram, gram * factor))
+    assert torch.equal(codes, others)
+    assert torch.equal(params[0], fitted[0])
 
 
 @settings(max_examples=40)
@@ -165,7 +171,7 @@ def test_bad_inputs_are_named(value: float) -> None:
     gram[3, 3] = value
     w = make_weight("normal", 2, 32, torch.float32, 0)
     with pytest.raises(ValueError, match="calibration batches"):
-        compensated(w, gram, *affine.choose_qparams(w, 3, 32), 3, 32)
+        compensated(w, gram, Affine(3, 32), affine.choose_qparams(w, 3, 32))
 
 
 def test_cholesky_of_a_matrix_that_is_barely_one() -> None:

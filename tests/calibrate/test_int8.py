@@ -159,7 +159,7 @@ def test_linears_that_do_more_stay_whole() -> None:
         found = torchao_qig.calibrate(model, [tokens(3, 9)], QUICK(**way))
         assert found.grids
         assert not any("odd" in name for name in found.grids)
-        block, linears = model.blocks[0], dict.fromkeys((n for n in found.grids if n.startswith("blocks.0.")), QUICK(**way))
+        block, linears = model.blocks[0], dict.fromkeys((n for n in found.grids if n.startswith("blocks.0.")), QUICK(**way).form)
         bent = Draft(model, "", linears, found.groups.values()).module(model, torch.device("cpu"))
         x = torch.randn(2, 4, block.q.in_features)
         assert torch.equal(bent.blocks[0].odd(x)[1], block.odd(x)[1])

@@ -147,7 +147,7 @@ def test_inputs_of_the_quantized_model(kv_heads: int, weighting: str) -> None:
     for number, (label, group) in enumerate(clean.items()):
         layer = label.split(".")[2]
         blocks = [n for n in linear_names(model) if int(n.split(".")[2]) <= int(layer)]
-        bent = Draft(model, "", dict.fromkeys(blocks, config), so_far.groups.values()).module(model, torch.device("cpu"))
+        bent = Draft(model, "", dict.fromkeys(blocks, config.form), so_far.groups.values()).module(model, torch.device("cpu"))
         distorted = list(groups(bent, inputs, 3, 32).values())[number]
         if weighting == "modality":
             w = (answer + 0.5 * vision) / (answer.sum() + vision.sum())
@@ -182,7 +182,7 @@ def test_int8_activations(kind: str, kv_heads: int, method: str, squared: bool) 
     assert list(found.groups) == list(clean)
     for number, (label, group) in enumerate(clean.items()):
         bent = copy.deepcopy(model)
-        commit(changes(bent, so_far, dict.fromkeys(linear_names(model), QIGWeightOnlyConfig.paper(bits=8, group_size=-1))))
+        commit(changes(bent, so_far, dict.fromkeys(linear_names(model), QIGWeightOnlyConfig.paper(bits=8, group_size=-1).form)))
         for name in linear_names(model):
             layer, scaled = bent.get_submodule(name), copy.deepcopy(model.get_submodule(name))
             weight, bias = scaled_linear(scaled, *scales_of(so_far, name))

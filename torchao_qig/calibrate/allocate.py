@@ -24,7 +24,6 @@ from torchao_qig.calibrate.plan import packed_bytes
 from torchao_qig.calibrate.sensitivity import rule
 from torchao_qig.config import FULL, QIGWeightOnlyConfig
 from torchao_qig.errors import UserError
-from torchao_qig.tensor import affine
 
 BITS = (2, 3, 4, 5, 6, 7, 8, FULL)
 MEASURED = (2, 3, 4)  # the first of BITS; above, costs fall as the squared error of the weights does
@@ -52,7 +51,7 @@ def units_of(model: nn.Module, blocks: Iterable[str], linears: set[str], batch: 
 
 def difference(weight: Tensor, config: QIGWeightOnlyConfig, bits: int) -> Tensor:
     """What rounding to `bits` changes in a weight."""
-    return affine.fake_quantize(weight, bits, config.group_size, config.symmetric, config.official, config.dtype) - weight
+    return config.at(bits).form.rounder(weight.dtype)(weight, None) - weight
 
 
 def _answers(batch: Batch, logits: Tensor) -> Tensor:

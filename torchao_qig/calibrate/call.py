@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from torchao_qig._compat import Assignment, QuantizeCall
-from torchao_qig.calibrate.apply import changes, commit, grid_of
+from torchao_qig.calibrate.apply import changes, commit
 from torchao_qig.calibrate.record import Recorder
 from torchao_qig.calibrate.result import Calibration
 from torchao_qig.calibrate.run import calibrate_linears
@@ -14,7 +14,7 @@ from torchao_qig.config import RUNTIME, QIGWeightOnlyConfig
 from torchao_qig.errors import UserError
 
 RECORDER = "_qig_recorder"  # attribute of a prepared model
-FORM = ("bits", "group_size", "symmetric", "dtype", "base_config")  # what linears of one calibration may differ in
+FORM = ("bits", "group_size", "symmetric", "dtype", "base_config", "format")  # what linears of one calibration may differ in
 
 
 def _settings(config: QIGWeightOnlyConfig) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def calibrate_all(call: QuantizeCall, assigned: list[Assignment]) -> list[nn.Lin
         found = loader if isinstance(loader, Calibration) else calibrate_linears(root, loader, config, linears)
         targets = _targets(found, linears)
         with torch.inference_mode(False), torch.no_grad():
-            made = changes(root, found, targets)
+            pre_scaled = {name for name, c in targets.items() if c.pre_scaled}
+            made = changes(root, found, {name: c.form for name, c in targets.items()}, pre_scaled)
     except BaseException:
         if recorder is not None:  # still prepared: convert may be tried again
             recorder.start(root)
@@ -100,8 +101,8 @@ def _targets(found: Calibration, linears: dict[str, QIGWeightOnlyConfig]) -> dic
     if not targets:
         raise UserError(f"calib: the calibration covers none of the linears chosen here; it has {', '.join(found.grids) or 'none'}")
     for name, config in targets.items():
-        if grid_of(config) != list(found.grids[name]):
+        if (described := config.form.describe()) != list(found.grids[name]):
             raise UserError(
-                f"calib: {name} was calibrated for [bits, group_size, symmetric] = {found.grids[name]}, the config has {grid_of(config)}; calibrate again"
+                f"calib: {name} was calibrated for [bits, group_size, symmetric] = {found.grids[name]}, the config has {described}; calibrate again"
             )
     return targets

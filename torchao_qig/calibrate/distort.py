@@ -17,11 +17,11 @@ from torchao_qig.calibrate.observer import Call, Observer, Seen, patched, replic
 from torchao_qig.calibrate.result import Calibration
 from torchao_qig.calibrate.stream import Stream, cast
 from torchao_qig.calibrate.work import Part, Work
-from torchao_qig.config import QIGWeightOnlyConfig
+from torchao_qig.formats import LinearForm
 
 
 @contextmanager
-def running_quantized(root: nn.Module, blocks: dict[str, dict[str, QIGWeightOnlyConfig]], found: Calibration) -> Iterator[None]:
+def running_quantized(root: nn.Module, blocks: dict[str, dict[str, LinearForm]], found: Calibration) -> Iterator[None]:
     """Run the model with these blocks as they have been calibrated; each is made when it runs, so that no two exist at once."""
     modules = {name: root.get_submodule(name) for name in blocks}
     plain = {name: replica(module, _device_of(module)) for name, module in modules.items()}  # without the forwards that are exchanged below

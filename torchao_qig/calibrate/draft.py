@@ -5,43 +5,43 @@ block with what has been decided so far; linears about which nothing has been de
 dense and have the values that the packed ones stand for, so that it runs as fast as the block itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchao_qig.calibrate.apply import Scales, packed_by_base_config, rounder, rounding_forward
+from torchao_qig.calibrate.apply import Scales, with_input_scale
 from torchao_qig.calibrate.fold import scaled_linear
 from torchao_qig.calibrate.groups import join
 from torchao_qig.calibrate.observer import replica
 from torchao_qig.calibrate.result import Calibration, GroupResult
-from torchao_qig.config import QIGWeightOnlyConfig
-from torchao_qig.tensor import PackedIntTensor
+from torchao_qig.formats import Activations, CodedFormat, LinearForm
 
 Rest = Literal["exact", "nearest"]
 
 
 class Draft:
-    """What has been decided about the block `name` of `root`; `configs` are those of its linears that are quantized, by name in the block."""
+    """What has been decided about the block `name` of `root`; `forms`: what its linears become, by their names in the block."""
 
     def __init__(
         self,
         root: nn.Module,
         name: str,
-        configs: dict[str, QIGWeightOnlyConfig],
+        forms: dict[str, LinearForm],
         groups: Iterable[GroupResult] = (),
-        weights: dict[str, PackedIntTensor] | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
-        self.root, self.name, self.configs = root, name, configs
-        self.scales = Scales(root, Calibration(groups={g.label: g for g in groups}), {join(name, n): c for n, c in configs.items()})
+        self.root, self.name, self.forms = root, name, forms
+        self.scales = Scales(root, Calibration(groups={g.label: g for g in groups}), {join(name, n): form for n, form in forms.items()})
         self.weights = weights or {}  # integers, by the linears' names in the model
 
     @classmethod
-    def of(cls, root: nn.Module, name: str, configs: dict[str, QIGWeightOnlyConfig], found: Calibration) -> "Draft":
+    def of(cls, root: nn.Module, name: str, forms: dict[str, LinearForm], found: Calibration) -> "Draft":
         """What a calibration has found in the block."""
         part = found.of_block(name)
-        return cls(root, name, configs, part.groups.values(), part.weights)
+        return cls(root, name, forms, part.groups.values(), part.weights)
 
     def scaled(self, inner: str) -> tuple[Tensor, Tensor | None]:
         """Weight (at least float32) and bias of a linear with its scales in them."""
@@ -61,7 +61,7 @@ class Draft:
         for change in self.scales.norms:
             assert isinstance(change.value, Tensor)
             _set(made.get_submodule(inside[id(change.module)]), change.name, change.value)
-        for inner, config in self.configs.items():
+        for inner, form in self.forms.items():
             linear = made.get_submodule(inner)
             assert isinstance(linear, nn.Linear)
             weight, bias = self.scaled(inner)
@@ -69,12 +69,12 @@ class Draft:
             before = None if before is None else before.to(device)
             if bias is not None:
                 _set(linear, "bias", bias)
-            if config.int8_activations and config.base_config is not None and rest == "nearest":  # its integer products run as they are
-                packed = packed_by_base_config(weight.to(device), config, linear.weight.dtype, before)
-                linear.weight = nn.Parameter(packed, requires_grad=False)
-                continue
-            if config.int8_activations:
-                linear.forward = rounding_forward(linear, before, config.official)
+            if form.activations.rounds:
+                if not isinstance(form.format, CodedFormat) and rest == "nearest":  # its integer products run as they are
+                    stored = with_input_scale(form.stored(weight.to(device), linear.weight.dtype), before, form)
+                    linear.weight = nn.Parameter(stored, requires_grad=False)
+                    continue
+                linear.forward = _rounding_forward(linear, before, form.activations)
             self.put(made, inner, self._decided(inner, weight.to(device), rest))
         return made
 
@@ -83,12 +83,18 @@ class Draft:
         if packed is not None:
             return packed.to(weight.device).dequantize(torch.float32)
         dtype = self.root.get_submodule(join(self.name, inner)).weight.dtype
-        return rounder(self.configs[inner], dtype)(weight, None) if rest == "nearest" else weight
+        return self.forms[inner].rounder(dtype)(weight, None) if rest == "nearest" else weight
 
     def put(self, made: nn.Module, inner: str, weight: Tensor) -> None:
         """Give a copy of the block a dense weight that already carries its scales."""
         before = self.before(inner)
         _set(made.get_submodule(inner), "weight", weight if before is None else weight * before.to(weight))
+
+
+def _rounding_forward(linear: nn.Linear, before: Tensor | None, activations: Activations) -> Callable[[Tensor], Tensor]:
+    """A forward for a linear with a dense weight that rounds its input, which `before` multiplies for that."""
+    columns = None if before is None else 1 / before.float()
+    return lambda x: F.linear(activations.fake(x, columns), linear.weight, linear.bias)
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

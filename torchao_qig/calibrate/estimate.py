@@ -16,6 +16,7 @@ from torchao_qig.calibrate.chains import Chain
 from torchao_qig.calibrate.compensate import BLOCK, descend
 from torchao_qig.calibrate.work import KEEP
 from torchao_qig.config import QIGWeightOnlyConfig
+from torchao_qig.formats import Affine
 
 SAMPLES, LENGTH = 128, 1024  # assumed where no batches are given
 SEARCH = {"coarse": 19, "exhaustive": 100}  # forward passes of a block over its samples: benchmarks/results/calibration.md
@@ -97,8 +98,8 @@ def seconds_per_column(device: torch.device) -> tuple[float, float]:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        swept = descend(weight, weight.clone(), gram, weight, weight, 3)
-        float(swept[0, 0])
+        codes, _ = descend(weight, weight.clone(), weight.clone(), gram, Affine(3, -1), (weight, weight))
+        float(codes[0, 0])
         seconds.append((time.perf_counter() - start) / columns)
     ahead = torch.zeros(4096, columns // 2, device=device)  # half a block lies ahead on average
     column, row = torch.ones(4096, device=device), torch.ones(columns // 2, device=device)

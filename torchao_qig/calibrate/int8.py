@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchao_qig.calibrate import ranks, search, sensitivity
-from torchao_qig.calibrate.apply import Product
 from torchao_qig.calibrate.block import Block, returning
 from torchao_qig.calibrate.groups import Group
 from torchao_qig.calibrate.observer import Call
 from torchao_qig.calibrate.tokens import Layout
 from torchao_qig.calibrate.work import Part, Work
+from torchao_qig.formats.base import Product
 
 POINTS = 8  # of the Gauss-Legendre sum: token weights within 1 to 2 % of their mean of those of a fine sum (tests/calibrate/test_int8.py)
 
@@ -37,7 +37,7 @@ def smoothing_scale(work: Work, weights: list[Tensor], alpha: float) -> Tensor:
 
 
 class Int8Block(Block):
-    """A block on the compute device; `products` are by linear what its rounded form does, see `apply.integer_product`."""
+    """A block on the compute device; `products` are by linear what its rounded form does, see `LinearForm.product`."""
 
     def __init__(self, *args: Any, products: dict[str, Callable[[Tensor, Tensor | None], Product]]) -> None:
         super().__init__(*args)

@@ -12,7 +12,6 @@ from torchao_qig.calibrate.chains import Chain, find_chains, listed_chains, quie
 from torchao_qig.calibrate.estimate import LENGTH, SAMPLES, Need, need
 from torchao_qig.config import BITS_OF_AUTO, FULL, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
 from torchao_qig.errors import UserError, UserTypeError
-from torchao_qig.tensor import affine
 
 
 @dataclass
@@ -90,16 +89,14 @@ def _reason(model: nn.Module, linear: nn.Linear, config: QIGWeightOnlyConfig, sh
         return "already quantized"
     if id(weight) in shared:
         return "weight shared with a module that is not quantized"
-    if config.base_config is None and not affine.fits(weight.shape[1], config.group_size):
-        return f"group_size={config.group_size} does not divide the input features"
-    return None
+    rows, columns = weight.shape
+    return config.form.format.misfit(rows, columns)
 
 
 def packed_bytes(linear: nn.Linear, config: QIGWeightOnlyConfig) -> int:
-    """What a weight takes: its codes, a scale and a zero point per group."""
+    """What a weight takes: its codes, and all that they need to be read."""
     rows, columns = linear.weight.shape
-    groups = max(columns // affine.group_width(columns, config.group_size), 1)  # 1: where the size does not fit
-    return rows * columns * config.bits // 8 + rows * groups * (linear.weight.element_size() + 1)
+    return config.form.format.nbytes(rows, columns, config.form.scale_dtype(linear.weight.dtype))
 
 
 def choose(model: nn.Module, chains: list[Chain], linears: dict[str, QIGWeightOnlyConfig], config: QIGWeightOnlyConfig) -> Plan:

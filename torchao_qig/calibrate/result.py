@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
 
+from torchao_qig._compat import tensor_class
 from torchao_qig.errors import UserError, UserFileError
+from torchao_qig.formats.activations import INT8
 from torchao_qig.tensor import PackedIntTensor
 from torchao_qig.tensor.packed import DATA
 
 FORMAT = 3  # of the files
-INT8 = "int8 activations"  # in what describes a linear or its weight
 MODALITIES = {"padding": 0, "text": 1, "vision": 2, "answer": 3}
 
 
@@ -97,7 +99,7 @@ class Calibration:
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     modality: list[Tensor] = field(default_factory=list)
     completeness: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, PackedIntTensor] = field(default_factory=dict)
+    weights: dict[str, TorchAOBaseTensor] = field(default_factory=dict)
     squared_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
@@ -181,11 +183,11 @@ class Calibration:
                 tensors |= _packed(f"{number}.weights", self.tokens[g.label])
         tensors |= _packed("modality", self.modality)
         for name, w in self.weights.items():
-            tensors |= {f"{name}.{data}": getattr(w, data) for data in DATA}
+            tensors |= {f"{name}.{data}": getattr(w, data) for data in w.tensor_data_names}
         tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-        shapes = {name: [w.bits, w.group_size, w.rows, w.columns, *[INT8] * w.int8_activations] for name, w in self.weights.items()}
         described = {
-            "format": FORMAT, "groups": groups, "grids": self.grids, "weights": shapes, "squared_errors": self.squared_errors,
+            "format": FORMAT, "groups": groups, "grids": self.grids, "weights": {name: _described(w) for name, w in self.weights.items()},
+            "squared_errors": self.squared_errors,
             "settings": self.settings, "stats": self.stats,
         }  # fmt: skip
         _replace(directory / "calibration.safetensors", lambda p: save_file(tensors, p))
@@ -207,9 +209,7 @@ class Calibration:
         found = cls(grids=described["grids"], settings=described["settings"], stats=described["stats"], modality=_unpacked("modality", tensors))
         found.squared_errors = {label: (before, after) for label, (before, after) in described["squared_errors"].items()}
         for name, shape in described["weights"].items():
-            weight = PackedIntTensor(*(tensors[f"{name}.{data}"] for data in DATA), *shape[:4])
-            weight.int8_activations = INT8 in shape
-            found.weights[name] = weight
+            found.weights[name] = _weight(shape, {data.removeprefix(f"{name}."): t for data, t in tensors.items() if data.rpartition(".")[0] == name})
         for number, fields in enumerate(described["groups"]):
             fields["losses"] = {int(k): v for k, v in fields["losses"].items()}
             group = GroupResult(**fields, x_mean=tensors[f"{number}.x_mean"], scale=tensors[f"{number}.scale"])
@@ -219,6 +219,23 @@ class Calibration:
             if f"{number}.weights.lengths" in tensors:
                 found.tokens[group.label] = _unpacked(f"{number}.weights", tensors)
         return found
+
+
+def _described(weight: TorchAOBaseTensor) -> Any:
+    """A packed weight without its tensors."""
+    if isinstance(weight, PackedIntTensor):
+        return [weight.bits, weight.group_size, weight.rows, weight.columns, *[INT8] * weight.int8_activations]
+    return {"type": type(weight).__name__, **{name: getattr(weight, name) for name in weight.tensor_attribute_names}}
+
+
+def _weight(described: Any, data: dict[str, Tensor]) -> TorchAOBaseTensor:
+    """A packed weight from its description and its tensors."""
+    if isinstance(described, dict):
+        attributes = {k: v for k, v in described.items() if k != "type"}
+        return tensor_class(described["type"])(**data, **attributes)
+    weight = PackedIntTensor(*(data[name] for name in DATA), *described[:4])
+    weight.int8_activations = INT8 in described
+    return weight
 
 
 def _packed(name: str, rows: Iterable[Tensor]) -> dict[str, Tensor]:

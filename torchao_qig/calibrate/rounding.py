@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from torchao_qig.calibrate import ranks
 from torchao_qig.calibrate.block import Block
-from torchao_qig.calibrate.compensate import clipped_qparams, compensated, row_errors, target
+from torchao_qig.calibrate.compensate import compensated, target
 from torchao_qig.calibrate.distort import Distortion
 from torchao_qig.calibrate.draft import Draft
 from torchao_qig.calibrate.groups import join
 from torchao_qig.calibrate.result import GroupResult
 from torchao_qig.calibrate.work import Part, Work
 from torchao_qig.config import QIGWeightOnlyConfig
-from torchao_qig.tensor import PackedIntTensor, affine
+from torchao_qig.formats.base import CodedFormat, Format, LinearForm, Params, row_errors
 
 
 class Grams(NamedTuple):
@@ -33,13 +33,13 @@ class Rounding:
     """One block on its way to integers."""
 
     def __init__(
-        self, root: nn.Module, block: Block, name: str, results: Iterable[GroupResult], configs: dict[str, QIGWeightOnlyConfig], distortion: Distortion | None
+        self, root: nn.Module, block: Block, name: str, results: Iterable[GroupResult], forms: dict[str, LinearForm], distortion: Distortion | None
     ) -> None:
-        self.root, self.block, self.name, self.configs, self.distortion = root, block, name, configs, distortion
-        self.draft = Draft(root, name, configs, results)
+        self.root, self.block, self.name, self.forms, self.distortion = root, block, name, forms, distortion
+        self.draft = Draft(root, name, forms, results)
         self.bent = self.draft.module(block.exact, block.device, rest="exact")  # the block as it will be
 
-    def round(self, work: Work, decided: dict[str, PackedIntTensor]) -> tuple[dict[str, PackedIntTensor], tuple[float, float]]:
+    def round(self, work: Work, decided: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[float, float]]:
         """The packed weights of a group, and its squared error: of rounding to nearest, and of these.
 
         `decided`: linears whose weight is shared with one that has been rounded before; they take its integers.
@@ -48,28 +48,29 @@ class Rounding:
         first: dict[int, str] = {}  # by weight: linears of this group may share one, too
         for inner in work.group.linears:
             first.setdefault(id(self.root.get_submodule(join(self.name, inner)).weight), inner)
-        by_config: dict[int, list[str]] = {}
+        by_form: dict[LinearForm, list[str]] = {}
         for inner in first.values():
             if inner not in decided:
-                by_config.setdefault(id(self.configs[inner]), []).append(inner)
-        new: dict[str, PackedIntTensor] = {}
+                by_form.setdefault(self.forms[inner], []).append(inner)
+        new: dict[str, Tensor] = {}
         errors = [(0.0, 0.0)]
-        for names in by_config.values():
-            config = self.configs[names[0]]
-            weights = [self._scaled(inner) for inner in names]
-            codes, scale, zero, error = rounded(torch.cat(weights), sums, config, config.dtype or self.block.model_dtype)
+        for form, names in by_form.items():
+            fmt, weights = form.format, [self._scaled(inner) for inner in names]
+            assert isinstance(fmt, CodedFormat)
+            codes, params, error = rounded(torch.cat(weights), sums, fmt, self.block.config, form.scale_dtype(self.block.model_dtype))
             errors.append(error)
-            dense = affine.dequantize(codes, scale, zero, config.group_size, torch.float32)
+            dense = fmt.dense(codes, params, torch.float32)
             sizes = [len(w) for w in weights]
-            for inner, c, s, z, d in zip(names, *(t.split(sizes) for t in (codes, scale, zero, dense)), strict=True):
+            for inner, c, d, *p in zip(names, *(t.split(sizes) for t in (codes, dense, *params)), strict=True):
                 self.draft.put(self.bent, inner, d)
-                new[inner] = PackedIntTensor.from_codes(c, s, z, config.bits, config.group_size, config.int8_activations).cpu()
+                new[inner] = form.activations.marked(fmt.pack(c, tuple(p))).cpu()
         for inner in work.group.linears:
             if inner not in new:
                 source = decided.get(inner)
                 source = source if source is not None else new[first[id(self.root.get_submodule(join(self.name, inner)).weight)]]
-                config, weight, dense = self.configs[inner], self._scaled(inner), source.to(self.block.device).dequantize(torch.float32)
-                errors.append(squared_errors(weight, aim(weight, sums, config), dense.to(weight), sums, config, config.dtype or self.block.model_dtype))
+                form, weight, dense = self.forms[inner], self._scaled(inner), source.to(self.block.device).dequantize(torch.float32)
+                wanted = aim(weight, sums, self.block.config)
+                errors.append(squared_errors(weight, wanted, dense.to(weight), sums, form.format, form.scale_dtype(self.block.model_dtype)))
                 self.draft.put(self.bent, inner, dense)
                 new[inner] = source
         nearest, final = (sum(both) for both in zip(*errors, strict=True))
@@ -92,24 +93,20 @@ class Rounding:
             weights = part.layout.from_grid(part.weights).reshape(-1, 1).to(self.block.device)
             exact = rows(part, part.exact) if columns is None else rows(part, part.exact) / columns
             now = exact if seen is None else rows(part, seen.x) if before is None else rows(part, seen.x) * before
-            if self.block.config.int8_activations:
-                now = affine.fake_quantize_rows(now, official=self.block.config.official)
+            now = self.forms[first].activations.fake(now)
             total += torch.stack([(weights * now).T @ now, (weights * (exact - now)).T @ now])
         return Grams(*ranks.summed(total))
 
 
-def rounded(w: Tensor, sums: Grams, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
-    """Codes, scale and zero of a weight that carries its scales already; its error rounded to nearest, and so."""
-    grid, wanted = (config.bits, config.group_size), aim(w, sums, config)
-    scale, zero = affine.choose_qparams(w, *grid, config.symmetric, config.official, dtype)
-    if config.clip:
-        scale, zero = clipped_qparams(wanted, sums.x, *grid, config.symmetric, config.official, dtype)
+def rounded(w: Tensor, sums: Grams, fmt: CodedFormat, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> tuple[Tensor, Params, tuple[float, float]]:
+    """Codes and parameters of a weight that carries its scales already; its error rounded to nearest, and so."""
+    wanted = aim(w, sums, config)
+    params = fmt.fit(wanted, dtype, sums.x) if config.clip else fmt.fit(w, dtype)
     if config.compensates:
-        codes, scale = compensated(wanted, sums.x, scale, zero, *grid, config.damping, config.sweeps)
+        codes, params = compensated(wanted, sums.x, fmt, params, config.damping, config.sweeps)
     else:
-        codes = affine.quantize(wanted, scale, zero, *grid)
-    final = affine.dequantize(codes, scale, zero, config.group_size, w.dtype)
-    return codes, scale, zero, squared_errors(w, wanted, final, sums, config, dtype)
+        codes = fmt.nearest(wanted, fmt.spread(params, w.shape[1], w.dtype))[0]
+    return codes, params, squared_errors(w, wanted, fmt.dense(codes, params, w.dtype), sums, fmt, dtype)
 
 
 def aim(w: Tensor, sums: Grams, config: QIGWeightOnlyConfig) -> Tensor:
@@ -117,9 +114,7 @@ def aim(w: Tensor, sums: Grams, config: QIGWeightOnlyConfig) -> Tensor:
     return target(w, sums.x, sums.d, config.damping, config.repair) if config.compensates and config.repair else w
 
 
-def squared_errors(w: Tensor, wanted: Tensor, final: Tensor, sums: Grams, config: QIGWeightOnlyConfig, dtype: torch.dtype) -> tuple[float, float]:
+def squared_errors(w: Tensor, wanted: Tensor, final: Tensor, sums: Grams, fmt: Format, dtype: torch.dtype) -> tuple[float, float]:
     """Of rounding a weight to nearest, and of what it becomes."""
-    grid = config.bits, config.group_size
-    nearest = affine.nearest(w, *affine.choose_qparams(w, *grid, config.symmetric, config.official, dtype), *grid)
-    before, after = (float(row_errors(q - wanted, sums.x).sum(dtype=torch.float64)) for q in (nearest, final))
+    before, after = (float(row_errors(q - wanted, sums.x).sum(dtype=torch.float64)) for q in (fmt.rounded(w, dtype), final))
     return before, after

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from torchao_qig.calibrate import gather, modality, ranks, resume, search
 from torchao_qig.calibrate.allocate import allocate
-from torchao_qig.calibrate.apply import grid_of, integer_product, rounder
 from torchao_qig.calibrate.batches import Batch, naming, read
 from torchao_qig.calibrate.block import CHEAP, DEAR, Block
 from torchao_qig.calibrate.chains import Chain, NotRun, find_chains, quiet, running_order
@@ -32,6 +31,7 @@ from torchao_qig.calibrate.stream import Piece, Stream
 from torchao_qig.calibrate.work import Work
 from torchao_qig.config import FULL, QIGWeightOnlyConfig
 from torchao_qig.errors import UserError
+from torchao_qig.formats import LinearForm
 from torchao_qig.system import peak_host_bytes
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def calibrate_linears(model: nn.Module, loader: Iterable[Any], config: QIGWeight
             raise UserError(f"bits: no such linear, or not among those chosen: {', '.join(unknown)}; pass full names, as in Calibration.grids")
         linears = {n: c.at(config.bits[n]) for n, c in linears.items() if config.bits.get(n, FULL) != FULL}
     for family in SharedWeights(model, linears).families:
-        forms = {name: grid_of(linears[name]) for name in family}
+        forms = {name: linears[name].form.describe() for name in family}
         if any(form != forms[family[0]] for form in forms.values()):
             raise UserError(f"bits: {', '.join(f'{name} {form}' for name, form in forms.items())} share one weight; give them the same bits and groups")
     with quiet(model):
@@ -81,7 +81,7 @@ class Run:
         self.ran: set[str] = set()  # linears that took part
         self.odd: set[str] = set()  # linears that do more than multiply, which stay
         self.shared = SharedWeights(model, linears)
-        self.done: dict[str, dict[str, QIGWeightOnlyConfig]] = {}  # blocks of the chains before: what of them is quantized, by name in the block
+        self.done: dict[str, dict[str, LinearForm]] = {}  # blocks of the chains before: what of them is quantized, by name in the block
         self.searched = 0  # groups so far
         self.distortion: Distortion | None = None
         self.store = Store(config.max_host_memory)
@@ -107,7 +107,7 @@ class Run:
             every = [first, *batches]
             plan.chains = self._in_order(plan.chains, every)
             self._run_chains(plan, every)
-        self.found.grids = {n: grid_of(self.linears[n]) for n in sorted(plan.linears)}
+        self.found.grids = {n: self.linears[n].form.describe() for n in sorted(plan.linears)}
         self._describe()
         return self.found
 
@@ -200,9 +200,9 @@ class Run:
                     quantized.add(batch, self.config.micro_batch)
         return Distortion(stream, quantized)
 
-    def _mine_of(self, block: str, plan: Plan) -> dict[str, QIGWeightOnlyConfig]:
+    def _mine_of(self, block: str, plan: Plan) -> dict[str, LinearForm]:
         """The linears of a block that are quantized, by name in it."""
-        return {n: self.linears[join(block, n)] for n in linears_in(self.model.get_submodule(block)) if join(block, n) in plan.linears}
+        return {n: self.linears[join(block, n)].form for n in linears_in(self.model.get_submodule(block)) if join(block, n) in plan.linears}
 
     def _leave(self, chain: Chain, plan: Plan) -> None:
         """No batch goes through this chain: its linears stay. (A linear may also be used without being called.)"""
@@ -241,7 +241,7 @@ class Run:
         if self.config.checkpoint_dir is None:
             return 0, None
         hidden = [p.hidden for p in stream.pieces if p.hidden is not None]
-        shown = {k: v for k, v in self.config.public().items()} | {"linears": {n: grid_of(c) for n, c in self.linears.items()}}
+        shown = {k: v for k, v in self.config.public().items()} | {"linears": {n: c.form.describe() for n, c in self.linears.items()}}
         data = ranks.gathered(resume.fingerprint_of_data(hidden))
         marks = {"settings": shown, "model": resume.fingerprint_of_model(self.model), "data": data}
         progress = resume.Progress(Path(self.config.checkpoint_dir) / (chain.names[0] or "model"), marks)
@@ -264,10 +264,10 @@ class Run:
         """Calibrate one block; the relative change of its loss."""
         module = self.model.get_submodule(name)
         mine = self._mine_of(name, plan)
-        rounders = {n: rounder(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()}
+        rounders = {n: form.rounder(module.get_submodule(n).weight.dtype) for n, form in mine.items()}
         given = module, rounders, stream, self.config, self.config.computes_in(stream.device), self.steps
         if self.config.int8_activations:
-            block: Block = Int8Block(*given, products={n: integer_product(c, module.get_submodule(n).weight.dtype) for n, c in mine.items()})
+            block: Block = Int8Block(*given, products={n: form.product(module.get_submodule(n).weight.dtype) for n, form in mine.items()})
         else:
             block = Block(*given)
         finder = self.folds.finder(module, block.exact, SmallRun(stream), block.device, list(mine)) if mine and self.folds else None
@@ -275,7 +275,7 @@ class Run:
         self.ran |= {join(name, n) for w in block.works for n in w.group.linears}
         if block.odd:
             self.odd |= {join(name, n) for n in block.odd}
-            mine = {n: c for n, c in mine.items() if n not in block.odd}
+            mine = {n: form for n, form in mine.items() if n not in block.odd}
             logger.warning("left as they are, since they do more than a linear: %s", ", ".join(join(name, n) for n in sorted(block.odd)))
         if not mine:  # the samples go through it all the same
             if self.distortion:
@@ -303,7 +303,7 @@ class Run:
         before, after = (sum(losses) for losses in zip(*errors, strict=True)) if errors else (0.0, 0.0)
         return after / before - 1 if before > 0 else None
 
-    def _prepare(self, block: Block, work: Work, name: str, mine: dict[str, QIGWeightOnlyConfig], placed: bool) -> None:
+    def _prepare(self, block: Block, work: Work, name: str, mine: dict[str, LinearForm], placed: bool) -> None:
         """Give a group its token weights, and the inputs that candidates are tried on."""
         int8 = self.config.int8_activations  # token weights are then about those inputs
         if not int8:
@@ -352,7 +352,7 @@ class Run:
         sensitivity = "uniform" if warming_up or self.config.weighting is None else self.config.weighting
         block.weigh(work, sensitivity, self.ratios.of(join(block_name, work.group.inspected)), self.ratios.counts)
 
-    def _round(self, block: Block, name: str, results: list[GroupResult], mine: dict[str, QIGWeightOnlyConfig], names: dict[Group, str]) -> nn.Module:
+    def _round(self, block: Block, name: str, results: list[GroupResult], mine: dict[str, LinearForm], names: dict[Group, str]) -> nn.Module:
         """Choose the integers of a block; what it becomes."""
         rounding = Rounding(self.model, block, name, results, mine, self.distortion if self.config.compensates else None)
         for work in block.works:

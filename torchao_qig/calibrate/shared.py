@@ -6,9 +6,7 @@ channels would fit the inputs of one and change the others, so groups with a sha
 
 from collections.abc import Iterable
 
-from torch import nn
-
-from torchao_qig.tensor import PackedIntTensor
+from torch import Tensor, nn
 
 
 class SharedWeights:
@@ -28,6 +26,6 @@ class SharedWeights:
         """The linear and all that share its weight."""
         return self._family.get(name, [name])
 
-    def decided(self, name: str, weights: dict[str, PackedIntTensor]) -> str | None:
+    def decided(self, name: str, weights: dict[str, Tensor]) -> str | None:
         """The linear whose integers this one has, if they have been chosen."""
         return next((n for n in self.family(name) if n in weights), None)

@@ -51,6 +51,9 @@ def _loading_config(model: nn.Module, config: Any) -> Any:
     packed = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
     if isinstance(config, FqnToConfig):
         return _loading_by_name(model, config, packed)
+    if getattr(config, "format", None) is not None and packed:  # a loader needs the stored form alone
+        stored = next(iter(packed.values()))
+        config = dataclasses.replace(config, format=None, bits=stored.bits, group_size=stored.group_size)
     if hasattr(config, "for_loading") and not isinstance(config.bits, int):  # each linear has its own
         return FqnToConfig({name: config.at(p.bits).for_loading(p.act_pre_scale is not None) for name, p in packed.items()})
     if hasattr(config, "for_loading"):

@@ -20,7 +20,7 @@ from torchao_qig.config import RUNTIME, QIGInt8DynamicActivationConfig, QIGWeigh
 from torchao_qig.errors import UserError, UserFileError
 from torchao_qig.lvlm.load import DTYPES, device_of, dtype_of
 
-FIXED = {"version", "base_config", "pre_scaled", "dtype", *RUNTIME} - {"compute_dtype", "micro_batch", "max_host_memory"}  # not said by recipes
+FIXED = {"version", "base_config", "format", "pre_scaled", "dtype", *RUNTIME} - {"compute_dtype", "micro_batch", "max_host_memory"}  # not said by recipes
 TEXTS = {"model", "output", "calib", "images", "split", "revision", "prompt", "dtype", "device"}
 
 

@@ -167,11 +167,16 @@ class PackedIntTensor(TorchAOBaseTensor):
                 raise UserError(f"{name}: expected shape {tuple(stored)}, got {tuple(getattr(self, name).shape)}")
 
     def _verify(self, checksum: int) -> None:
-        if self.int8_activations and not self.qdata.is_meta:
-            _check_integers(self.bits, packing.unpack_groups(self.zero_point, self.group_size, self.rows, self.columns))
+        if self.int8_activations:
+            self.check_integers()
         actual = self.checksum
         if actual is not None and actual != checksum:
             raise UserError(f"the packed weight's data is damaged (checksum {actual:#010x}, the file says {checksum:#010x}); get the file again")
+
+    def check_integers(self) -> None:
+        """Refuse integers that cannot be multiplied by those of int8 activations."""
+        if not self.qdata.is_meta:
+            _check_integers(self.bits, packing.unpack_groups(self.zero_point, self.group_size, self.rows, self.columns))
 
     def with_data(self, fn: Callable[[Tensor], Tensor], **changes: Any) -> "PackedIntTensor":
         """The same tensor with `fn` applied to its data, and with some attributes replaced."""
