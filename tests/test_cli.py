@@ -117,10 +117,10 @@ def test_the_whole_way(here: Path) -> None:
         assert sample["tokens"].count("<image>") == int((weights.modality[i] == 2).sum())
         assert Path("out/qig", sample["images"][0]["file"]).exists()
 
-    told = run("evaluate", "out", "--data", "coco.jsonl", "--images", "images", "--reference", "model")
+    told = run("evaluate", "out", "--data", "coco.jsonl", "--images", "images", "--against", "model")
     assert told.exit_code == 0, told.output
     evaluation = json.loads(Path("out/qig/evaluation.json").read_text())
-    assert evaluation["command"] == "torchao-qig evaluate out --data coco.jsonl --images images --reference model"
+    assert evaluation["command"] == "torchao-qig evaluate out --data coco.jsonl --images images --against model"
     rows = {row["name"]: row for row in evaluation["rows"]}
     assert rows["full precision"]["kl"] is None
     assert 0 < rows["quantized"]["kl"][0] < 0.5
@@ -341,6 +341,15 @@ def test_missing_arguments(here: Path) -> None:
     assert (done.exit_code, "calib, output: not given" in done.output) == (2, True)
     assert run("quantize").exit_code == 2
     assert "nothing to evaluate on" in run("evaluate", "model").output
+
+
+@pytest.mark.parametrize("old", [["--reference", "model"], ["--reference=model"]], ids=["two words", "one word"])
+def test_the_old_name_of_against(old: list[str]) -> None:
+    """One line that says what it is called now."""
+    done = run("evaluate", "out", "--data", "coco.jsonl", *old)
+    assert done.exit_code == 2
+    assert done.output == "error: --reference is called --against, as in bench\n"
+    assert "--reference" not in run("evaluate", "--help").output
 
 
 def test_some_bad_rows_are_named_and_skipped(here: Path) -> None:

@@ -30,6 +30,11 @@ def _fail(code: int, text: object) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _renamed(old: str | None) -> None:
+    if old is not None:
+        _fail(2, "--reference is called --against, as in bench")
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """Errors that a person can do something about, as one line and a code; others keep their traceback."""
@@ -149,7 +154,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="directory that quantize wrote")],
     data: Annotated[str | None, typer.Option(help="questions with answers, as --calib of quantize")] = None,
     images: Annotated[str | None, typer.Option(help="folder that the pictures lie in")] = None,
-    reference: Annotated[str | None, typer.Option(help="the full-precision model, for the divergence from it")] = None,
+    against: Annotated[str | None, typer.Option(help="the full-precision model, for the divergence from it")] = None,
     tasks: Annotated[str | None, typer.Option(help="lmms-eval's tasks, with commas between")] = None,
     include: Annotated[str | None, typer.Option(help="folder with task files of your own")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="of the data, and of each task; all")] = None,
@@ -158,12 +163,13 @@ def evaluate(
     dtype: str = "auto",
     device: str = "cpu",
     keep_packed: Annotated[bool, typer.Option("--keep-packed", help="slower, in less memory; the same numbers")] = False,
+    reference: Annotated[str | None, typer.Option(hidden=True, callback=_renamed)] = None,
 ) -> None:
     """Accuracy, NLL and divergence on a file of questions, or lmms-eval's tasks; the model card is brought up to date."""
     with _told():
         from torchao_qig.lvlm.evaluate import run
 
-        found = run(model, data, images, reference, tasks.split(",") if tasks else [], include, samples, seed, split, dtype, device, keep_packed)
+        found = run(model, data, images, against, tasks.split(",") if tasks else [], include, samples, seed, split, dtype, device, keep_packed)
         typer.echo(found)
 
 

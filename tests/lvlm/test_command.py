@@ -86,7 +86,7 @@ def test_quantize_in_words() -> None:
 
 
 EVALUATED: dict[str, st.SearchStrategy[Any]] = {
-    "data": st.none() | PLACES, "images": st.none() | PLACES, "reference": st.none() | PLACES, "include": st.none() | PLACES, "split": PLACES,
+    "data": st.none() | PLACES, "images": st.none() | PLACES, "against": st.none() | PLACES, "include": st.none() | PLACES, "split": PLACES,
     "tasks": st.lists(st.sampled_from(["a", "b_c"]), max_size=2), "samples": st.none() | st.integers(1, 99), "seed": st.integers(-2, 9),
     "dtype": st.sampled_from(["auto", "float32"]), "device": st.sampled_from(["cpu", "cuda:1"]), "keep_packed": st.booleans(),
 }  # fmt: skip

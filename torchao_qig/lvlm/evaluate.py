@@ -94,12 +94,12 @@ def batches_of(samples: Samples, processor: Any, at_once: int = 64) -> Iterator[
 
 
 def run(
-    model: str, data: str | None = None, images: str | None = None, reference: str | None = None, tasks: Sequence[str] = (), include: str | None = None,
+    model: str, data: str | None = None, images: str | None = None, against: str | None = None, tasks: Sequence[str] = (), include: str | None = None,
     samples: int | None = None, seed: int = 0, split: str = "train", dtype: str = "auto", device: str = "cpu", keep_packed: bool = False,
 ) -> str:  # fmt: skip
     """Measure, note it beside the model (qig/evaluation.json, qig/tasks.json, the card), and return it as tables."""
     given = dict(
-        data=data, images=images, reference=reference, tasks=tasks, include=include, samples=samples, seed=seed, split=split, dtype=dtype, device=device,
+        data=data, images=images, against=against, tasks=tasks, include=include, samples=samples, seed=seed, split=split, dtype=dtype, device=device,
         keep_packed=keep_packed,
     )  # fmt: skip
     about = {"command": command.called("evaluate", run, model, given), "date": date.today().isoformat()}
@@ -112,7 +112,7 @@ def run(
     loaded = load_model(model, dtype, device=place)
     tables = []
     if read is not None:
-        sources = ({"full precision": reference} if reference is not None else {}) | {"quantized" if has_packed(loaded) else "as given": model}
+        sources = ({"full precision": against} if against is not None else {}) | {"quantized" if has_packed(loaded) else "as given": model}
         models = {name: load_model(source, dtype, device=place) if source != model else loaded for name, source in sources.items()}
         found = compare(models, batches_of(read, processor))
         rows = [{"name": name, "bytes": _size(sources[name], models[name]), **figures} for name, figures in found.items()]

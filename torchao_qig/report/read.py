@@ -83,7 +83,7 @@ def read(directory: Path) -> Found:
         ("sensitivity", not (found.sensitivity and found.sensitivity.tokens), "how much each token of the samples counts", f"{quantize} --set explain=8"),
         ("samples", not found.samples, "the calibration pictures and texts", f"{quantize} --set explain=8"),
         ("receipt", not found.receipt, "what was quantized, the sizes, the check against full precision, settings and versions", quantize),
-        ("evaluation", not found.evaluation, "accuracy against size", f"torchao-qig evaluate {here} --data QUESTIONS --reference {model}"),
+        ("evaluation", not found.evaluation, "accuracy against size", f"torchao-qig evaluate {here} --data QUESTIONS --against {model}"),
         ("bench", not found.bench, "speed and memory when answering", f"torchao-qig bench {here} --against {model}"),
     ]
     found.missing = [Missing(part, shows, command) for part, lacking, shows, command in parts if lacking]
