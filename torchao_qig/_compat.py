@@ -1,14 +1,18 @@
 """Everything that leans on torchao's internals or on a version; a torchao that moved something fails here, by name.
 
+- `quiet`: what torchao says when it is imported.
 - `register`: torchao's name tables, so that configs and packed tensors go through JSON and safetensors.
 - `find_quantize_call`: what `torchao.quantize_` is walking. It hands a handler one module and the config, nothing else; the
   model and the filter lie in its own frame, which is found by torchao's code objects, not by names of ours.
 """
 
 import inspect
+import logging
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from types import CodeType, FrameType
@@ -18,31 +22,54 @@ from torch import Tensor, nn
 
 from torchao_qig.errors import UserError
 
-try:
-    from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
-    from torchao.prototype.safetensors import safetensors_utils
-    from torchao.quantization import quant_api
-    from torchao.quantization.quant_api import FqnToConfig
-    from torchao.quantization.transform_module import register_quantize_module_handler
+NOISE = {  # logger -> messages about torchao itself, which no user can do anything about
+    "torchao": r"Failed to load .*_C_(mxfp8|cutlass_90a)\.",  # kernels for GPUs that are not here
+    "torch.utils._pytree": r"<enum '(KernelPreference|ScaleCalculationMode)'> is an Enum subclass",  # deprecated, still right
+}
 
-    QUANTIZE: CodeType = inspect.unwrap(quant_api.quantize_).__code__
-    QUANTIZE_LOCALS = ("model", "config", "filter_fn")
-    if not set(QUANTIZE_LOCALS) <= set(QUANTIZE.co_varnames):
-        raise ImportError(f"quantize_ has no longer the variables {QUANTIZE_LOCALS}")
-    for _needed in ("_fqn_to_config_handler", "fqn_matches_fqn_config", "_module_param_matches_fqn_config", "_is_linear"):
-        getattr(quant_api, _needed)
-    INT8_DYNAMIC_CONFIGS = (quant_api.Int8DynamicActivationIntxWeightConfig, quant_api.Int8DynamicActivationInt8WeightConfig)
-    SAFETENSORS_CLASSES, SAFETENSORS_NAMES = safetensors_utils.ALLOWED_CLASSES, safetensors_utils.ALLOWED_TENSORS_SUBCLASSES
-except (ImportError, AttributeError) as error:
-    import torchao
 
-    raise ImportError(
-        f"torchao_qig does not know torchao {getattr(torchao, '__version__', '?')}: {error}. It is tested with torchao 0.18.0;"
-        " install that, or a torchao_qig that supports yours."
-    ) from error
+@contextmanager
+def quiet() -> Iterator[None]:
+    """These messages are not logged meanwhile. Nothing else changes, and nothing afterwards."""
+
+    def kept(record: logging.LogRecord) -> bool:
+        return re.match(NOISE[record.name], record.getMessage(), re.DOTALL) is None
+
+    for name in NOISE:
+        logging.getLogger(name).addFilter(kept)
+    try:
+        yield
+    finally:
+        for name in NOISE:
+            logging.getLogger(name).removeFilter(kept)
+
+
+with quiet():
+    try:
+        from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+        from torchao.prototype.safetensors import safetensors_utils
+        from torchao.quantization import quant_api
+        from torchao.quantization.quant_api import FqnToConfig
+        from torchao.quantization.transform_module import register_quantize_module_handler
+
+        QUANTIZE: CodeType = inspect.unwrap(quant_api.quantize_).__code__
+        QUANTIZE_LOCALS = ("model", "config", "filter_fn")
+        if not set(QUANTIZE_LOCALS) <= set(QUANTIZE.co_varnames):
+            raise ImportError(f"quantize_ has no longer the variables {QUANTIZE_LOCALS}")
+        for _needed in ("_fqn_to_config_handler", "fqn_matches_fqn_config", "_module_param_matches_fqn_config", "_is_linear"):
+            getattr(quant_api, _needed)
+        INT8_DYNAMIC_CONFIGS = (quant_api.Int8DynamicActivationIntxWeightConfig, quant_api.Int8DynamicActivationInt8WeightConfig)
+        SAFETENSORS_CLASSES, SAFETENSORS_NAMES = safetensors_utils.ALLOWED_CLASSES, safetensors_utils.ALLOWED_TENSORS_SUBCLASSES
+    except (ImportError, AttributeError) as error:
+        import torchao
+
+        raise ImportError(
+            f"torchao_qig does not know torchao {getattr(torchao, '__version__', '?')}: {error}. It is tested with torchao 0.18.0;"
+            " install that, or a torchao_qig that supports yours."
+        ) from error
 
 __all__ = [
-    "INT8_DYNAMIC_CONFIGS", "FqnToConfig", "OurConfig", "QuantizeCall", "find_quantize_call", "quantized_weight", "register",
+    "INT8_DYNAMIC_CONFIGS", "FqnToConfig", "OurConfig", "QuantizeCall", "find_quantize_call", "quantized_weight", "quiet", "register",
     "register_quantize_module_handler", "stacklevel", "tensor_class",
 ]  # fmt: skip
 
