@@ -59,6 +59,7 @@ def replica(block: nn.Module, device: torch.device, dtype: torch.dtype | None = 
         if "_hf_hook" in module.__dict__:  # accelerate moves parameters around in an overridden forward
             module.__dict__.pop("forward", None)
             del module._hf_hook
+        module.__dict__.pop("_output_capturing_hooks_installed", None)  # a transformers model without its hooks puts them on again
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
             hooks.clear()
     return copied.eval()
