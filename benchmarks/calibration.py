@@ -21,15 +21,15 @@ import transformers as hf
 
 import torchao_qig
 from benchmarks.timing import machine, write
-from torchao_qig import QIGWeightOnlyConfig
+from torchao_qig import QIG, Equalize, QIGWeightOnlyConfig, Running
 from torchao_qig.system import peak_host_bytes
 
 HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 896, 4864, 14, 2, 1000
 CONFIGS = {
-    "paper": lambda **k: QIGWeightOnlyConfig.paper(bits=3, warmup_groups=0, pre_scale=True, verbose=False, **k),
-    "default": lambda **k: QIGWeightOnlyConfig(bits=3, compensate=False, verbose=False, **k),
-    "exhaustive": lambda **k: QIGWeightOnlyConfig(
-        bits=3, compensate=False, verbose=False, search="exhaustive", quadrature="riemann", compute_dtype=torch.float32, **k
+    "paper": QIGWeightOnlyConfig(bits=3, steps=[Equalize(QIG("riemann", 32), search="exhaustive", paper_rules=True)], verbose=False),
+    "default": QIGWeightOnlyConfig(bits=3, method="qig", verbose=False),
+    "exhaustive": QIGWeightOnlyConfig(
+        bits=3, steps=[Equalize(QIG("riemann"), search="exhaustive")], running=Running(compute_dtype=torch.float32), verbose=False
     ),
 }
 
@@ -75,7 +75,7 @@ def one(mode: str, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, An
     units = unit(plain, ids)
     model = build(args.layers, dtype)
     before = peak_host_bytes()
-    found = torchao_qig.calibrate(model, [{"input_ids": ids}], CONFIGS[mode]())
+    found = torchao_qig.calibrate(model, [{"input_ids": ids}], CONFIGS[mode])
     peak = peak_host_bytes()
     units += unit(plain, ids)
     first, *later = found.stats["block_seconds"]

@@ -21,16 +21,18 @@ from torch import Tensor
 
 from recipes.methods import calibration_batches
 from recipes.small_lvlm.model import load
-from torchao_qig import Calibration, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig, calibrate
+from torchao_qig import QIG, Calibration, Compensate, Equalize, Modality, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig, calibrate
 
 QUICK = partial(QIGWeightOnlyConfig, verbose=False)
+EVERYTHING = [Equalize(Modality(0.5), grid=4, propagate_error=True), Compensate(Modality(0.5), clip=True)]
+PAPER = Equalize(QIG("riemann", points=4, warmup_groups=5), grid=4, search="exhaustive", pre_scale=False, paper_rules=True)
 CONFIGS = {
     "default": QUICK(bits=3),
-    "qig": QUICK(bits=3, group_size=64, grid=6, sensitivity="qig", compensate=False),
-    "everything": QUICK(bits=2, group_size=64, grid=4, sensitivity="modality", modality_ratio=0.5, clip=True, compensate=True, propagate_error=True),
-    "paper": QIGWeightOnlyConfig.paper(bits=3, grid=4, steps=4, verbose=False),
+    "qig": QUICK(bits=3, group_size=64, steps=[Equalize("qig", grid=6)]),
+    "everything": QUICK(bits=2, group_size=64, steps=EVERYTHING),
+    "paper": QUICK(bits=3, steps=[PAPER]),
     "int8 activations": QIGInt8DynamicActivationConfig(bits=4, verbose=False),
-    "int8 qig": QIGInt8DynamicActivationConfig(bits=4, sensitivity="qig", compensate=False, grid=4, verbose=False),
+    "int8 qig": QIGInt8DynamicActivationConfig(bits=4, steps=[Equalize("qig", grid=4)], verbose=False),
     "auto, more parts": QUICK(bits="auto", budget=3.0, group_size=64, modules=["language_model.layers", "lm_head", "multi_modal_projector"]),
 }
 

@@ -48,7 +48,7 @@ def evenly(model: nn.Module, budget: float) -> int | dict[str, int]:
 
 def blocks_left(full: nn.Module, tokenizer: Any, budget: float, seed: int) -> list[str]:
     """The decoder's blocks of which "auto" quantizes nothing."""
-    config = QIGWeightOnlyConfig(bits="auto", budget=budget, group_size=128, compensate=False, sensitivity=None, verbose=False)  # chooses bits, nothing else
+    config = QIGWeightOnlyConfig(bits="auto", budget=budget, group_size=128, method="rtn", verbose=False)  # chooses bits, nothing else
     grids = calibrate(full, calibration_batches(tokenizer, seed=seed), config).grids
     layers = "model.language_model.layers"
     return [n for n, _ in full.get_submodule(layers).named_children() if not any(name.startswith(f"{layers}.{n}.") for name in grids)]

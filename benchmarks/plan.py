@@ -26,7 +26,7 @@ SHAPES = {"512 / 1408": (512, 1408), "896 / 4864": (896, 4864)}
 AMOUNTS = {"8 x 256": (8, 256), "32 x 512": (32, 512)}
 CONFIGS: dict[str, Any] = {
     "W3 default": lambda calib: QIGWeightOnlyConfig(bits=3, calib=calib, verbose=False),
-    "W3 QIG scales": lambda calib: QIGWeightOnlyConfig(bits=3, sensitivity="qig", compensate=False, calib=calib, verbose=False),
+    "W3 QIG scales": lambda calib: QIGWeightOnlyConfig(bits=3, method="qig", calib=calib, verbose=False),
     "W4A8 default": lambda calib: QIGInt8DynamicActivationConfig(bits=4, calib=calib, verbose=False),
 }
 

@@ -131,7 +131,7 @@ Data = list[dict[str, Tensor]]
 QUIET: dict[str, Any] = {"verbose": False}
 CHECKPOINTS: dict[str, Callable[[Data], Any]] = {
     "3 bits, default": lambda data: QIGWeightOnlyConfig(bits=3, group_size=64, calib=data, **QUIET),
-    "3 bits, QIG's scales": lambda data: QIGWeightOnlyConfig(bits=3, group_size=64, sensitivity="qig", compensate=False, calib=data, **QUIET),
+    "3 bits, QIG's scales": lambda data: QIGWeightOnlyConfig(bits=3, group_size=64, method="qig", calib=data, **QUIET),
     "bits='auto', 3.25": lambda data: QIGWeightOnlyConfig(bits="auto", budget=3.25, group_size=64, calib=data, **QUIET),
     "4 bits, rounded": lambda data: PackedIntWeightOnlyConfig(bits=4, group_size=64),
     "W4A8": lambda data: QIGInt8DynamicActivationConfig(bits=4, calib=data, **QUIET),

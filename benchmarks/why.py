@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,16 @@ import torch
 
 from benchmarks.accuracy import SETTINGS
 from benchmarks.timing import RESULTS, machine
-from recipes.methods import METHODS, calibration_batches
+from recipes.methods import calibration_batches
 from recipes.small_lvlm.model import load
-from torchao_qig import Calibration, calibrate
+from torchao_qig import Calibration, Equalize, QIGWeightOnlyConfig, calibrate
+from torchao_qig.methods.presets import preset
 
-COMPARED = {"awq": {}, "mbq": {}, "qig-paper": {}, "qig": {}, "qig, squared error": {"loss": "mse"}, "awq, absolute error": {"loss": "mae"}}
+SCALES = {
+    **{name: preset(name)[0] for name in ("awq", "mbq", "qig-paper", "qig")},
+    "qig, squared error": Equalize("qig", loss="mse"),
+    "awq, absolute error": Equalize("uniform", loss="mae"),
+}
 
 
 def effective_share(calibration: Calibration, label: str) -> float:
@@ -57,8 +63,8 @@ def main() -> None:
     tokenizer, model = load()
     batches = calibration_batches(tokenizer, args.samples)
     found = {}
-    for name, changed in COMPARED.items():
-        config = METHODS[name.split(",")[0]](**SETTINGS[args.setting], search="exhaustive", **changed)
+    for name, scales in SCALES.items():
+        config = QIGWeightOnlyConfig(**SETTINGS[args.setting], steps=[replace(scales, search="exhaustive")])
         found[name] = calibrate(model, batches, config)
     rows = {name: compared(calibration, found["awq"]) for name, calibration in found.items()}
     for name, row in rows.items():

@@ -1,7 +1,7 @@
-"""What mkdocs does beside its own: pages link to files of the repository outside docs/ (results, recipes), and these become part of the site.
+"""A hook of mkdocs: files outside docs/ that pages link to (results, recipes) become part of the site.
 
-A link means the same on the code host and in the site: `../benchmarks/results/accuracy.md` in a page is that file. Here such a file gets a place
-below `repository/`, and links to it are written anew. Files that those files link to come along.
+A link means the same on the code host and in the site: `../benchmarks/results/accuracy.md` in a page is that file. The hook gives such a file a place
+below `repository/` and rewrites the links to it. Files that those files link to come along.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """The page with its links to files of the repository as they are in the site."""
+    """The page, with links to files of the repository rewritten to their places in the site."""
     inside = page.file.src_uri.removeprefix(f"{OUTSIDE}/")
     source = ROOT / inside if page.file.src_uri.startswith(f"{OUTSIDE}/") else DOCS / inside
     here = os.path.dirname(page.file.src_uri)

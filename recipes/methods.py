@@ -15,42 +15,14 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes.small_lvlm.data import sample
 from recipes.small_lvlm.model import inputs
-from torchao_qig import QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig import Equalize, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.methods.presets import PRESETS
 
-SCALES: dict[str, Any] = dict(clip=False, compensate=False)  # nothing but equalization scales
-GPTQ: dict[str, Any] = dict(compensate=True, repair=0.0, sweeps=0)  # errors passed on, nothing else
-
-# AWQ and MBQ search the same candidates at the same outputs as QIG; what differs is what a token's error counts (and AWQ's loss).
-METHODS: dict[str, Callable[..., QIGWeightOnlyConfig]] = {
-    "rtn": partial(QIGWeightOnlyConfig, sensitivity=None, **SCALES),
-    "awq": partial(QIGWeightOnlyConfig, sensitivity="uniform", loss="mse", **SCALES),
-    "mbq": partial(QIGWeightOnlyConfig, sensitivity="modality", **SCALES),
-    "qig-paper": QIGWeightOnlyConfig.paper,
-    "qig": partial(QIGWeightOnlyConfig, **SCALES),
-    # beyond the paper: integers chosen without scales, piece by piece up to the defaults
-    "gptq": partial(QIGWeightOnlyConfig, **GPTQ),
-    "gptq-modality": partial(QIGWeightOnlyConfig, sensitivity="modality", grid=1, **GPTQ),
-    "gptaq": partial(QIGWeightOnlyConfig, **{**GPTQ, "repair": 1.0}),
-    "default": QIGWeightOnlyConfig,
-    "default+clip": partial(QIGWeightOnlyConfig, clip=True),
-    "default+qig-weights": partial(QIGWeightOnlyConfig, sensitivity="qig", grid=1),  # one candidate: no scale
-    # the same pieces on top of scales
-    "qig+clip": partial(QIGWeightOnlyConfig, clip=True, compensate=False),
-    "qig+gptq": partial(QIGWeightOnlyConfig, sensitivity="qig", **GPTQ),
-    "default+qig": partial(QIGWeightOnlyConfig, sensitivity="qig"),
-}
-
-# With int8 activations: names mean the same, on QIGInt8DynamicActivationConfig.
+# Presets of torchao_qig/methods/presets.py, which says what each of them is.
+METHODS: dict[str, Callable[..., QIGWeightOnlyConfig]] = {name: partial(QIGWeightOnlyConfig, method=name) for name in PRESETS}
 INT8_METHODS: dict[str, Callable[..., QIGWeightOnlyConfig]] = {
-    "rtn": partial(QIGInt8DynamicActivationConfig, sensitivity=None, **SCALES),
-    "smoothquant": partial(QIGInt8DynamicActivationConfig, smoothquant=0.5, **SCALES),
-    "mbq": partial(QIGInt8DynamicActivationConfig, sensitivity="modality", **SCALES),
-    "qig-paper": QIGInt8DynamicActivationConfig.paper,
-    "qig": partial(QIGInt8DynamicActivationConfig, sensitivity="qig", **SCALES),
-    "qig-clean": partial(QIGInt8DynamicActivationConfig, sensitivity="qig", propagate_error=True, **SCALES),  # against outputs of full precision
-    "default": QIGInt8DynamicActivationConfig,
-    "default+qig": partial(QIGInt8DynamicActivationConfig, sensitivity="qig"),
-}
+    name: partial(QIGInt8DynamicActivationConfig, method=name) for name in ("rtn", "smoothquant", "mbq", "qig-paper", "qig", "default", "default+qig")
+} | {"qig-clean": partial(QIGInt8DynamicActivationConfig, steps=[Equalize("qig", propagate_error=True)])}  # against outputs of full precision
 PAPERS = ("rtn", "awq", "mbq", "qig-paper", "qig", "default")
 BEYOND = ("rtn", "awq", "qig", "qig+clip", "gptq", "gptq-modality", "gptaq", "qig+gptq", "default", "default+clip", "default+qig-weights", "default+qig")
 

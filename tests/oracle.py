@@ -1,9 +1,22 @@
 """The published rules in plain lines, one run of weights at a time: what the vectorised code is compared with."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from torchao_qig import Equalize, QIGWeightOnlyConfig
+
+
+def paper_mode(kind: type[QIGWeightOnlyConfig], changes: dict[str, Any], **settings: Any) -> QIGWeightOnlyConfig:
+    """The paper's config, with these settings of its search changed."""
+    config = kind.paper(verbose=False, **settings)
+    (step,) = config.chosen_steps
+    assert isinstance(step, Equalize)
+    config.steps = [replace(step, **changes)]
+    return config
 
 
 def runs_of(w: Tensor, size: int) -> list[tuple[int, slice]]:

@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 import torchao_qig
 from tests.tiny_models import VLMS, qwen2
-from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
+from torchao_qig import Equalize, PackedIntTensor, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig
+from torchao_qig.formats import Affine
 
 transformers_logging.disable_progress_bar()
 CONFIG = PackedIntWeightOnlyConfig(bits=3, group_size=64)
@@ -71,10 +72,32 @@ def test_vlm_round_trip(family: str, dtype: torch.dtype, save: Callable[..., Non
     assert described["quant_type"]["default"] == {
         "_type": "PackedIntWeightOnlyConfig",
         "_version": 1,
-        "_data": {"bits": 3, "group_size": 64, "symmetric": False, "dtype": None},
+        "_data": {"bits": 3, "group_size": 64, "symmetric": False, "dtype": None, "int8_activations": False, "pre_scaled": False},
     }
     torchao_qig.save_pretrained(loaded, tmp_path / "b")
     assert_same_model(type(model).from_pretrained(tmp_path / "b", dtype=dtype), model, inputs)
+
+
+@pytest.mark.parametrize("save", [plain_save, torchao_qig.save_pretrained])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PackedIntWeightOnlyConfig(4, 32, True, torch.bfloat16),
+        QIGWeightOnlyConfig(4, 32, True, torch.bfloat16),
+        QIGWeightOnlyConfig(format=Affine(4, 32, True)),
+    ],
+    ids=["rounded", "calibrated", "a format"],
+)
+def test_dtype_and_format_of_ones_own(config: Any, save: Callable[..., None], tmp_path: Path) -> None:
+    """Scales come back in their own dtype, which transformers cannot write into config.json; the file has it."""
+    model, inputs = qwen2(torch.float32)
+    save(quantized(model, config), tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_same_model(loaded, model, inputs)
+    kept = {p.scale.dtype for p in loaded.parameters() if isinstance(p, PackedIntTensor)}
+    assert kept == {config.dtype or torch.float32}
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_type"]["default"]
+    assert described["_data"] == {"bits": 4, "group_size": 32, "symmetric": True, "dtype": None, "int8_activations": False, "pre_scaled": False}
 
 
 @pytest.mark.parametrize("family", VLMS)
@@ -258,7 +281,7 @@ def test_save_refuses_what_it_cannot_save(model: Callable[[], Any], error: type[
     assert not (tmp_path / "out").exists()
 
 
-SCALED = partial(QIGWeightOnlyConfig, bits=3, group_size=32, grid=6, compensate=False, verbose=False)
+SCALED = partial(QIGWeightOnlyConfig, bits=3, group_size=32, steps=[Equalize("qig", grid=6)], verbose=False)
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,13 @@ from typer.testing import CliRunner
 import torchao_qig.lvlm.check
 import torchao_qig.lvlm.quantize
 from tests.tiny_dirs import PROCESSORS, directory
-from torchao_qig import Calibration, PackedIntTensor
-from torchao_qig.cli import app
+from torchao_qig import Calibration, Compensate, PackedIntTensor
+from torchao_qig.calibration.chain import ChainRun
 from torchao_qig.errors import UserError, UserFileError, UserTypeError
 from torchao_qig.lvlm import recipe
 from torchao_qig.lvlm.load import load_processor
 from torchao_qig.lvlm.pictures import BadRow
+from torchao_qig_cli import app
 
 FLAGS = ["--group-size", "64", "--samples", "6"]
 
@@ -221,10 +222,13 @@ WRONG: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], list[str
     "group size no multiple of 16": (None, {}, ["--group-size", "10"], ["group_size=10"]),
     "no bits": (None, {}, ["--bits", "0"], ["bits=0"]),
     "too many bits": (None, {}, ["--bits", "9"], ["bits=9"]),
-    "no such setting": (None, {}, ["--set", "dampening=0.1"], ["dampening: no such setting", "damping"]),
-    "setting without a value": (None, {}, ["--set", "damping"], ["--set 'damping': write key=value"]),
-    "wrong value": (None, {}, ["--set", "sweeps=many"], ["sweeps='many'"]),
-    "wrong sensitivity": (None, {}, ["--sensitivity", "attention"], ["sensitivity='attention'"]),
+    "no such setting": (None, {}, ["--set", "group=64"], ["group: no such setting", "group_size"]),
+    "setting without a value": (None, {}, ["--set", "budget"], ["--set 'budget': write key=value"]),
+    "wrong value": (None, {}, ["--set", "steps=[{compensate: {sweeps: many}}]"], ["sweeps='many'"]),
+    "wrong method": (None, {}, ["--method", "attention"], ["method='attention': pass one of default, rtn, awq"]),
+    "wrong sensitivity": (None, {}, ["--set", "steps=[{equalize: {sensitivity: attention}}]"], ["sensitivity='attention'"]),
+    "an option of before": (None, {}, ["--sensitivity", "qig"], ["--sensitivity is --method now"]),
+    "a setting of before": (None, {}, ["--set", "clip=true"], ["clip: is a setting of a step now", "method: NAME"]),
     "wrong dtype": (None, {}, ["--dtype", "int8"], ["dtype='int8'"]),
     "wrong device": (None, {}, ["--device", "gpu0"], ["device='gpu0'"]),
     "no such part": (None, {}, ["--modules", "visual"], ["no module 'visual'"]),
@@ -352,6 +356,10 @@ def test_the_old_name_of_against(old: list[str]) -> None:
     assert "--reference" not in run("evaluate", "--help").output
 
 
+def test_the_version() -> None:
+    assert run("--version").output == f"torchao_qig {torchao_qig.__version__}\n"
+
+
 def test_some_bad_rows_are_named_and_skipped(here: Path) -> None:
     with open("coco.jsonl", "a") as file:
         file.write('{"image": "absent.png", "caption": "x"}\nno json\n{"image": "0.png"}\n')
@@ -380,7 +388,7 @@ def test_a_broken_model_is_an_error(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert quantize("--set", "max_kl=0.6", "--bits", "4").exit_code == 0
 
 
-@pytest.mark.parametrize("flags", [["--set", "bits=auto", "--set", "budget=6"], ["--set", "bits=auto", "--set", "max_bytes=110000"], []])
+@pytest.mark.parametrize("flags", [["--set", "bits=auto", "--set", "budget=6"], ["--set", "bits=auto", "--set", "max_bytes=110000"], ["--method", "rtn"], []])
 def test_the_receipt_says_what_happened(here: Path, flags: list[str]) -> None:
     done = run("quantize", "model", "--calib", "coco.jsonl", "--images", "images", "--output", "out", *FLAGS, *flags)
     assert done.exit_code == 0, done.output
@@ -435,16 +443,14 @@ def test_other_data_under_an_interrupted_run(here: Path, monkeypatch: pytest.Mon
 
 
 def _interrupt_after_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchao_qig.calibrate.run import Run
+    original = ChainRun.run_block
 
-    original = Run._run_block
-
-    def once(self: Run, name: str, *args: Any) -> Any:
-        if name.endswith("layers.1") and self.config.weighting is None:  # the run itself, not the token weights for the report
+    def once(self: ChainRun, name: str) -> Any:
+        if name.endswith("layers.1") and self.job.steps == [Compensate()]:  # the run itself, not the token weights for the report
             raise KeyboardInterrupt
-        return original(self, name, *args)
+        return original(self, name)
 
-    monkeypatch.setattr(Run, "_run_block", once)
+    monkeypatch.setattr(ChainRun, "run_block", once)
 
 
 def test_an_interrupted_run_is_resumed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,8 +471,8 @@ def test_an_interrupted_run_is_resumed(here: Path, monkeypatch: pytest.MonkeyPat
 
     explained = (here / "out.partial" / "explained" / "samples.json").stat().st_mtime_ns
     blocks: list[str] = []
-    run_block = torchao_qig.calibrate.run.Run._run_block  # type: ignore[attr-defined]
-    monkeypatch.setattr(torchao_qig.calibrate.run.Run, "_run_block", lambda self, name, *a: (blocks.append(name), run_block(self, name, *a))[1])  # type: ignore[attr-defined]
+    run_block = ChainRun.run_block
+    monkeypatch.setattr(ChainRun, "run_block", lambda self, name: (blocks.append(name), run_block(self, name))[1])
     done = quantize("--resume")
     assert done.exit_code == 0, done.output
     assert [b.rsplit(".", 1)[-1] for b in blocks] == ["1"]
@@ -482,7 +488,7 @@ def test_an_interrupted_run_is_resumed(here: Path, monkeypatch: pytest.MonkeyPat
 def test_a_full_disk_leaves_nothing_half_written(here: Path) -> None:
     """Files may not grow beyond 200 kB, as on a full disk, from the moment the checkpoint is written. Then there is room, and the run goes on."""
     script = (
-        "import resource, sys; import torchao_qig.lvlm.quantize as q; from torchao_qig.cli import app\n"
+        "import resource, sys; import torchao_qig.lvlm.quantize as q; from torchao_qig_cli import app\n"
         "save = q.save_pretrained\n"
         "def full(*args):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); save(*args)\n"
@@ -506,5 +512,5 @@ def test_any_setting_goes_through_a_recipe() -> None:
         again = recipe.recipe(yaml.safe_load(yaml.safe_dump(first.resolved())))
         assert set(first.resolved()) == set(recipe.keys(int8))
         assert again.config() == first.config()
-        assert again.config().compute_dtype is torch.bfloat16
+        assert again.config().running.compute_dtype is torch.bfloat16
         assert (again.config().public(), again.config().device) == (first.config().public(), first.config().device)

@@ -11,8 +11,9 @@ from torchao.quantization import quantize_
 
 import torchao_qig
 from tests.tiny_models import qwen2
-from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
+from torchao_qig import Calibration, Compensate, Equalize, PackedIntTensor, QIGWeightOnlyConfig
 from torchao_qig.formats import CodedFormat, Format, Params
+from torchao_qig.methods import Step
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,27 @@ class Ternary(CodedFormat):
         return PackedIntTensor.from_codes(codes.to(torch.uint8), params[0], torch.full_like(params[0], 2), 2, -1)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "integers": {},
-    "scales": dict(sensitivity="qig", compensate=False, grid=4),
-    "both, and clipped": dict(sensitivity="uniform", compensate=True, clip=True, grid=4),
+STEPS: dict[str, list[Step] | None] = {
+    "integers": None,
+    "scales": [Equalize("qig", grid=4)],
+    "both, and clipped": [Equalize("uniform", grid=4), Compensate("uniform", clip=True)],
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_toy_format(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_a_toy_format(steps: list[Step] | None, tmp_path: Path) -> None:
     """Calibrated better than rounded, planned, saved as a calibration and as a checkpoint, loaded, compiled."""
     model, inputs = qwen2()
     with torch.no_grad():
         exact = model(**inputs).logits
-    config = QIGWeightOnlyConfig(format=Ternary(), verbose=False, **settings)
+    config = QIGWeightOnlyConfig(format=Ternary(), verbose=False, steps=steps)
     planned = torchao_qig.plan(model, config)
     found = torchao_qig.calibrate(model, [inputs], config, lambda m, n: isinstance(m, torch.nn.Linear))
     before, after = (sum(losses) for losses in zip(*found.squared_errors.values(), strict=True)) if found.squared_errors else (2.0, 1.0)
     assert after < before
     assert all(grid == ["ternary", 0.7] for grid in found.grids.values())
     found.save(tmp_path / "found")
-    quantize_(model, QIGWeightOnlyConfig(format=Ternary(), calib=Calibration.load(tmp_path / "found"), **settings))
+    quantize_(model, QIGWeightOnlyConfig(format=Ternary(), calib=Calibration.load(tmp_path / "found"), steps=steps))
     stored = {n: p for n, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
     assert {n.removesuffix(".weight") for n in stored} == planned.linears == set(found.grids)
     assert planned.bytes_after == sum(Ternary().nbytes(*p.shape, p.dtype) for p in stored.values())
@@ -79,7 +80,7 @@ def test_a_toy_format(settings: dict[str, Any], tmp_path: Path) -> None:
         assert torch.equal(type(model).from_pretrained(tmp_path)(**inputs).logits, made)
         torch.testing.assert_close(torch.compile(model, backend="aot_eager")(**inputs).logits, made, rtol=1e-4, atol=1e-4)
         plain, _ = qwen2()
-        quantize_(plain, QIGWeightOnlyConfig(format=Ternary(), **settings), lambda m, n: n in found.grids)
+        quantize_(plain, QIGWeightOnlyConfig(format=Ternary(), steps=steps), lambda m, n: n in found.grids)
         assert (made - exact).square().mean() < (plain(**inputs).logits - exact).square().mean()
 
 
@@ -102,11 +103,12 @@ class Nothing(Format):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"format": 3}, "format=3: pass a Format"), ({"format": Ternary(), "bits": "auto", "budget": 3.0}, "leave bits out"),
-        ({"format": Nothing()}, "compensate=False and clip=False"),
+        ({"format": 3}, "format=3: pass a format"), ({"format": Ternary(), "bits": "auto", "budget": 3.0}, "leave bits out"),
+        ({"format": Nothing(), "steps": [Compensate()]}, "chooses codes, which format=.* chooses itself"),
     ],
 )  # fmt: skip
 def test_formats_that_do_not_fit(arguments: dict[str, Any], words: str) -> None:
     """Named before anything is touched."""
     with pytest.raises(ValueError, match=words):
         QIGWeightOnlyConfig(**arguments)
+    assert QIGWeightOnlyConfig(format=Nothing()).chosen_steps == [Equalize("qig")]

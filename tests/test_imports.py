@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 import torchao_qig
+import torchao_qig_cli
 
 PACKAGE = Path(torchao_qig.__file__).parent
+COMMAND_LINE = Path(torchao_qig_cli.__file__)
 ORDER = [
-    "cli",
+    "torchao_qig_cli",
     "report.page",
     "report.cards",
     "report.tables",
@@ -44,44 +46,64 @@ ORDER = [
     "lvlm",
     "__init__",
     "workflow",
-    "calibrate.call",
-    "calibrate.run",
-    "calibrate.resume",
-    "calibrate.gather",
-    "calibrate.modality",
-    "calibrate.rounding",
-    "calibrate.allocate",
-    "calibrate.distort",
-    "calibrate.draft",
-    "calibrate.int8",
-    "calibrate.block",
-    "calibrate.apply",
-    "calibrate.result",
-    "calibrate.fold",
-    "calibrate.plan",
-    "calibrate.estimate",
-    "calibrate.work",
-    "calibrate.stream",
-    "calibrate.chains",
-    "calibrate.tokens",
-    "calibrate.groups",
-    "calibrate.batches",
-    "calibrate.record",
-    "calibrate.observer",
-    "calibrate.store",
-    "calibrate.shared",
-    "calibrate.search",
-    "calibrate.compensate",
-    "calibrate.sensitivity",
-    "calibrate.ranks",
+    "calls",
+    "calibration.run",
+    "calibration.chain",
+    "calibration.quantized_model",
+    "calibration.resume",
+    "calibration.apply",
+    "calibration.result",
+    "calibration.plan",
+    "calibration.estimate",
+    "calibration.job",
+    "calibration",
+    "integrations",
     "config",
+    "stored_config",
+    "methods.__init__",
+    "methods.fit",
+    "methods.plain",
+    "methods.presets",
+    "methods.smooth",
+    "methods.equalize",
+    "methods.compensate",
+    "methods.step",
+    "methods.allocate",
+    "methods.weigh",
+    "methods.per_sample",
+    "methods.token_weights.weighting",
+    "methods.token_weights.integrated_gradients",
+    "methods.nearest",
+    "methods.context",
+    "methods.token_weights.modality",
+    "methods.token_weights.attribution",
+    "methods.token_weights",
+    "methods.draft",
+    "methods.scales",
+    "methods.fold",
+    "methods.group_result",
+    "methods.shared_weights",
+    "methods.search",
+    "methods.solver",
+    "methods",
+    "watch.quantized_stream",
+    "watch.block",
+    "watch.stream",
+    "watch.chains",
+    "watch.token_layout",
+    "watch.groups",
+    "watch.batches",
+    "watch.recorder",
+    "watch.observer",
+    "watch.store",
+    "watch.ranks",
+    "watch",
     "formats.__init__",
     "formats.affine",
     "formats.foreign",
     "formats.base",
     "formats.activations",
     "formats",
-    "integrations",
     "tensor.ops",
     "tensor.products",
     "tensor.packed",
@@ -91,14 +113,15 @@ ORDER = [
     "tensor.packing",
     "tensor.affine",
     "_compat",
+    "running",
     "system",
     "errors",
 ]
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = [*sorted(PACKAGE.rglob("*.py")), COMMAND_LINE]
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return path.stem if path == COMMAND_LINE else ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def room_of(module: str) -> int:
@@ -131,6 +154,13 @@ def test_imports_point_down(path: Path) -> None:
                 assert target > mine or below == "tensor.PackedIntTensor", f"{path.name} imports {below}"
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "watch").glob("*.py")), ids=name_of)
+def test_watching_knows_nothing_of_quantization(path: Path) -> None:
+    for module, name in imports(path):
+        if module.startswith("torchao_qig"):
+            assert f"{module}.{name}".startswith(("torchao_qig.watch", "torchao_qig.errors"))
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_heavy_or_private_imports(path: Path) -> None:
     """The library itself needs torch and torchao; what is private to torchao lies in _compat."""
@@ -138,7 +168,7 @@ def test_no_heavy_or_private_imports(path: Path) -> None:
         top = module.split(".")[0]
         assert top not in {"accelerate", "captum", "tests", "benchmarks"}
         assert top not in {"datasets", "matplotlib", "lmms_eval", "yaml", "PIL"} or {"lvlm", "report"} & set(path.parts)
-        assert top != "recipes" or path.name == "cli.py"  # the demo, which needs the repository
+        assert top != "recipes" or path == COMMAND_LINE  # the demo, which needs the repository
         if top == "transformers":
             assert {"integrations", "lvlm"} & set(path.parts)
         if module.startswith("torchao.") and module not in {"torchao.utils", "torchao.core.config", "torchao.quantization"}:
@@ -155,18 +185,39 @@ def test_import_stays_light() -> None:
     """Importing the package imports neither transformers nor the compiler."""
     check = (
         "import sys, torchao; before = set(sys.modules); import torchao_qig;"
-        "print([m for m in set(sys.modules) - before if m.startswith(('transformers', 'torch._inductor', 'torchao_qig.calibrate'))])"
+        "heavy = ('transformers', 'torch._inductor', 'torchao_qig.calibration', 'torchao_qig.calls', 'torchao_qig.methods', 'torchao_qig.watch');"
+        "print([m for m in set(sys.modules) - before if m.startswith(heavy)])"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+HEAVY = ("torch", "torchao", "transformers", "torchao_qig", "numpy", "yaml", "PIL", "datasets")
+LIGHT = [[], ["--help"], ["quantise"], ["bench", "--no-such-option"], ["evaluate", "--reference", "m", "m"]]
+LIGHT += [[command.callback.__name__, "--help"] for command in torchao_qig_cli.app.registered_commands if command.callback]
+
+
+def test_the_command_line_says_what_it_can_do_at_once() -> None:
+    """What needs no model imports nothing that takes seconds."""
+    check = (
+        "import sys; from typer.testing import CliRunner; from torchao_qig_cli import app\n"
+        f"for words in {LIGHT}:\n"
+        "    done = CliRunner().invoke(app, words)\n"
+        "    assert isinstance(done.exception, SystemExit | None), done.exception\n"
+        "    assert done.output\n"
+        f"    print(words, [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{words} []" for words in LIGHT]
 
 
 def test_rounding_without_data_stays_light() -> None:
     """What a loader does with a saved config: no calibration is imported."""
     check = (
         "import sys, torch, torchao_qig; from torchao.quantization import quantize_;"
-        "quantize_(torch.nn.Sequential(torch.nn.Linear(64, 16)), torchao_qig.QIGWeightOnlyConfig(group_size=64, pre_scaled=True));"
-        "print([m for m in sys.modules if m.startswith('torchao_qig.calibrate')])"
+        "quantize_(torch.nn.Sequential(torch.nn.Linear(64, 16)), torchao_qig.PackedIntWeightOnlyConfig(bits=3, group_size=64, pre_scaled=True));"
+        "quantize_(torch.nn.Sequential(torch.nn.Linear(64, 16)), torchao_qig.QIGWeightOnlyConfig(group_size=64));"
+        "print([m for m in sys.modules if m.startswith(('torchao_qig.calibration', 'torchao_qig.calls', 'torchao_qig.methods', 'torchao_qig.watch'))])"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -179,3 +230,12 @@ def test_another_torchao_fails_in_one_place() -> None:
     assert done.returncode != 0
     assert "torchao_qig does not know torchao" in done.stderr
     assert "_fqn_to_config_handler" in done.stderr
+
+
+def test_a_package_that_cannot_be_imported_is_said_once() -> None:
+    """By the command line: one traceback, whose last line says what to do."""
+    check = "import torchao.quantization.quant_api as q; del q._fqn_to_config_handler\nfrom torchao_qig_cli import app; app(['plan', 'model'])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: torchao_qig does not know torchao")
+    assert done.stderr.count("During handling") == 0

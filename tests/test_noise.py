@@ -79,7 +79,7 @@ def test_of_the_library() -> None:
 
 def test_of_the_command_line(tmp_path: Path) -> None:
     model = tiny_dirs.directory("llava_onevision", tmp_path / "model")
-    said = stderr("-m", "torchao_qig.cli", "plan", str(model), "--group-size", "64")
+    said = stderr("-m", "torchao_qig_cli", "plan", str(model), "--group-size", "64")
     assert not any(part in said for part in SAID)
 
 

@@ -19,10 +19,11 @@ from transformers import TorchAoConfig
 import torchao_qig
 from tests.plain_models import Block, Decoder, tokens
 from tests.tiny_models import VLMS, gemma3, language_model, llama, qwen2, qwen3_moe
-from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
-from torchao_qig.calibrate.draft import Draft
+from torchao_qig import QIG, Calibration, Compensate, Equalize, PackedIntTensor, QIGWeightOnlyConfig, Running, Uniform
+from torchao_qig.methods.draft import Draft
 
-QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=32, grid=6, compensate=False, verbose=False)
+SCALES = Equalize("qig", grid=6)
+QUICK = partial(QIGWeightOnlyConfig, bits=3, group_size=32, steps=[SCALES], verbose=False)
 FAMILIES = {**VLMS, "gemma3": gemma3, "llama": llama, "qwen3_moe": qwen3_moe, "qwen2": qwen2}
 
 
@@ -68,19 +69,19 @@ def test_one_call(family: str, tmp_path: Path) -> None:
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(run(loaded, inputs), logits)
     described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_type"]["default"]
-    assert described["_type"] == "QIGWeightOnlyConfig"
-    assert "calib" not in described["_data"]
-    assert described["_data"]["pre_scaled"] == any(w.act_pre_scale is not None for w in packed(model).values())
+    assert described["_type"] == "PackedIntWeightOnlyConfig"
+    scaled = any(w.act_pre_scale is not None for w in packed(model).values())
+    assert described["_data"] == {"bits": 3, "group_size": 32, "symmetric": False, "dtype": None, "int8_activations": False, "pre_scaled": scaled}
 
 
 def test_defaults() -> None:
     """Integers are chosen, without scales; scales by QIG where integers are not ours to choose, or on request."""
-    assert (QIGWeightOnlyConfig().compensates, QIGWeightOnlyConfig().weighting) == (True, None)
-    for config in (QIGWeightOnlyConfig(compensate=False), QIGWeightOnlyConfig(base_config=Int8WeightOnlyConfig()), QIGWeightOnlyConfig.paper()):
-        assert (config.compensates, config.weighting) == (False, "qig")
-    config = QIGWeightOnlyConfig(sensitivity="qig")
-    assert (config.compensates, config.weighting) == (True, "qig")
-    assert QIGWeightOnlyConfig(sensitivity="uniform", compensate=False).weighting == "uniform"
+    assert QIGWeightOnlyConfig().chosen_steps == QIGWeightOnlyConfig(method="default").chosen_steps == [Compensate()]
+    for config in (QIGWeightOnlyConfig(method="qig"), QIGWeightOnlyConfig(format=Int8WeightOnlyConfig())):
+        assert config.chosen_steps == [Equalize("qig")]
+    assert QIGWeightOnlyConfig.paper().chosen_steps == [Equalize(QIG("riemann", 32, 5), "mae", search="exhaustive", pre_scale=False, paper_rules=True)]
+    assert QIGWeightOnlyConfig(method="default+qig").chosen_steps == [Equalize("qig"), Compensate("qig")]
+    assert QIGWeightOnlyConfig(steps=[Equalize("uniform")]).chosen_steps[0].weighting == Uniform()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,8 +227,8 @@ def test_blocks_on_an_accelerator() -> None:
     """The model stays on the CPU; blocks visit the device."""
     model, inputs = plain()
     device = torch.accelerator.current_accelerator()
-    found = torchao_qig.calibrate(model, [inputs], QUICK(device=device, compute_dtype=torch.float32))
-    here = torchao_qig.calibrate(model, [inputs], QUICK(compute_dtype=torch.float32))
+    found = torchao_qig.calibrate(model, [inputs], QUICK(device=device, running=Running(compute_dtype=torch.float32)))
+    here = torchao_qig.calibrate(model, [inputs], QUICK(running=Running(compute_dtype=torch.float32)))
     for label in here.groups:
         assert found.groups[label].loss == pytest.approx(here.groups[label].loss, rel=1e-2)
     assert all(p.device.type == "cpu" for p in model.parameters())

@@ -14,26 +14,31 @@ from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, quantize_
 
 import torchao_qig
 from tests.test_qig import QUICK, assert_whole, packed, plain
-from torchao_qig import Calibration, PackedIntTensor, QIGWeightOnlyConfig
+from torchao_qig import QIG, Calibration, Clip, Compensate, Equalize, PackedIntTensor, QIGWeightOnlyConfig, Running
 from torchao_qig.lvlm.recipe import recipe
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("kind", "arguments", "message"),
     [
-        ({"bits": 0}, "bits=0"), ({"group_size": 12}, "group_size=12"), ({"sensitivity": "attention"}, "sensitivity='attention'"),
-        ({"loss": "mape"}, "loss='mape'"), ({"grid": 0}, "grid=0"), ({"steps": -1}, "steps=-1"), ({"quadrature": "simpson"}, "quadrature='simpson'"),
-        ({"search": "fast"}, "search='fast'"), ({"step": "go"}, "step='go'"), ({"modules": "visual"}, "modules='visual'"),
-        ({"base_config": 4}, "base_config=4"), ({"sensitivity": "qig", "fold": False, "pre_scale": False}, "nowhere to put a scale"),
-        ({"micro_batch": 0}, "micro_batch=0"),
-        ({"warmup_groups": None}, "warmup_groups=None"), ({"compute_dtype": torch.int8}, "compute_dtype=torch.int8"),
-        ({"step": "prepare", "calib": []}, "step='prepare'"), ({"damping": -1.0}, "damping=-1"), ({"repair": 2.0}, "repair=2"),
-        ({"sweeps": -1}, "sweeps=-1"), ({"clip": True, "base_config": IntxWeightOnlyConfig(weight_dtype=torch.int4)}, "base_config: chooses its own"),
+        (QIGWeightOnlyConfig, {"bits": 0}, "bits=0"), (QIGWeightOnlyConfig, {"group_size": 12}, "group_size=12"),
+        (Equalize, {"sensitivity": "attention"}, "sensitivity='attention'"), (Equalize, {"loss": "mape"}, "loss='mape'"), (Equalize, {"grid": 0}, "grid=0"),
+        (QIG, {"points": -1}, "points=-1"), (QIG, {"quadrature": "simpson"}, "quadrature='simpson'"), (Equalize, {"search": "fast"}, "search='fast'"),
+        (QIGWeightOnlyConfig, {"step": "go"}, "step='go'"), (QIGWeightOnlyConfig, {"modules": "visual"}, "modules='visual'"),
+        (QIGWeightOnlyConfig, {"format": 4}, "format=4"), (Equalize, {"fold": False, "pre_scale": False}, "nowhere to put a scale"),
+        (Running, {"micro_batch": 0}, "micro_batch=0"),
+        (QIG, {"warmup_groups": None}, "warmup_groups=None"), (Running, {"compute_dtype": torch.int8}, "compute_dtype=torch.int8"),
+        (QIGWeightOnlyConfig, {"step": "prepare", "calib": []}, "step='prepare'"), (Compensate, {"damping": -1.0}, "damping=-1"),
+        (Compensate, {"repair": 2.0}, "repair=2"), (Compensate, {"sweeps": -1}, "sweeps=-1"),
+        (
+            QIGWeightOnlyConfig, {"steps": [Equalize("qig"), Clip()], "format": IntxWeightOnlyConfig(weight_dtype=torch.int4)},
+            r"Clip\(sensitivity=None\) chooses codes, which format=.* chooses itself",
+        ),
     ],
 )  # fmt: skip
-def test_bad_settings(arguments: dict[str, Any], message: str) -> None:
+def test_bad_settings(kind: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        QIGWeightOnlyConfig(**arguments)
+        kind(**arguments)
 
 
 class Broken(Exception):
@@ -90,7 +95,7 @@ def _nan(model: nn.Module) -> None:
         (lambda m, i: torchao_qig.calibrate(m, [i], QUICK(), lambda m, n: False), ValueError, "nothing to quantize"),
         (lambda m, i: quantize_(m, QUICK(calib=[i]), filter_fn=lambda m, n: n == "head"), ValueError, "modules="),
         (lambda m, i: quantize_(m, QUICK(calib=[i], group_size=48)), ValueError, "group_size=48 does not divide"),
-        (lambda m, i: quantize_(m, QUICK(calib=[i], model=nn.Linear(2, 2))), ValueError, "does not contain the modules"),
+        (lambda m, i: quantize_(m, QUICK(calib=[i], running=Running(model=nn.Linear(2, 2)))), ValueError, "does not contain the modules"),
         (lambda m, i: quantize_(m, QUICK(calib=torchao_qig.calibrate(m, [i], QUICK(bits=4)))), ValueError, "calibrated for"),
         (lambda m, i: quantize_(m, QUICK(calib=Calibration())), ValueError, "covers none"),
         (lambda m, i: quantize_(m, QUICK(calib=i)), TypeError, "one batch goes into a list"),
@@ -128,15 +133,15 @@ def test_two_methods_in_one_call() -> None:
     """One call calibrates in one way: what differs is named, whichever comes first; forms may differ."""
     model, inputs = plain()
     before, loader = copy.deepcopy(model.state_dict()), [inputs]
-    scales, integers = QUICK(calib=loader), QUICK(calib=loader, compensate=True, sensitivity=None)
-    for first, second in ((scales, integers), (integers, scales)):
-        with pytest.raises(ValueError, match=r"compensate=(True|False) for blocks\.0\.attention\.q, (True|False) for blocks\.0\.mlp\.gate"):
+    scales, integers = QUICK(calib=loader), QUICK(calib=loader, steps=[Compensate()])
+    for first, second, *names in ((scales, integers, "equalize", "compensate"), (integers, scales, "compensate", "equalize")):
+        with pytest.raises(ValueError, match=rf"steps=\[{{'{names[0]}'.* for blocks\.0\.attention\.q, \[{{'{names[1]}'.* for blocks\.0\.mlp\.gate"):
             quantize_(model, FqnToConfig({r"re:.*attention\.[qkvo]": first, r"re:.*mlp\..*": second}), filter_fn=None)
         assert_whole(model, before)
     with pytest.raises(ValueError, match=r"calib: blocks\.0\.attention\.q and blocks\.0\.mlp\.gate have different ones"):
         quantize_(model, FqnToConfig({r"re:.*attention\.[qkvo]": scales, r"re:.*mlp\..*": QUICK(calib=[inputs])}), filter_fn=None)
-    with pytest.raises(ValueError, match="micro_batch: "):
-        quantize_(model, FqnToConfig({r"re:.*attention\.[qkvo]": scales, r"re:.*mlp\..*": QUICK(calib=loader, micro_batch=1)}), filter_fn=None)
+    with pytest.raises(ValueError, match="running: "):
+        quantize_(model, FqnToConfig({r"re:.*attention\.[qkvo]": scales, r"re:.*mlp\..*": QUICK(calib=loader, running=Running(micro_batch=1))}), filter_fn=None)
     assert_whole(model, before)
     quantize_(model, FqnToConfig({r"re:.*attention\.[qkvo]": QUICK(bits=4), r"re:.*mlp\..*": QUICK(bits=2, calib=loader)}), filter_fn=None)
     assert {w.bits for n, w in packed(model).items() if "attention" in n} == {4}
@@ -147,22 +152,22 @@ def test_two_methods_in_one_call() -> None:
 
 def test_what_is_asked_is_stored_what_it_means_is_resolved_on_use() -> None:
     """replace() of a config, and a recipe written out in full, mean what the constructor means."""
-    asked = QIGWeightOnlyConfig(compensate=False)
-    replaced = dataclasses.replace(QIGWeightOnlyConfig(), compensate=False)
+    asked = QIGWeightOnlyConfig(method="qig")
+    replaced = dataclasses.replace(QIGWeightOnlyConfig(), method="qig")
     assert replaced == asked
-    assert (replaced.weighting, replaced.equalizes, replaced.rounds) == ("qig", True, False)
-    back = dataclasses.replace(replaced, compensate=None)
-    assert (back.weighting, back.compensates) == (None, True)
+    assert replaced.chosen_steps == [Equalize("qig")]
+    assert dataclasses.replace(replaced, steps=None) == QIGWeightOnlyConfig()
+    assert dataclasses.replace(replaced, steps=None).chosen_steps == [Compensate()]
     settings = recipe({"bits": 3, "model": "m"}).resolved()
-    again = recipe(settings, {"compensate": False}).config()
-    assert (again.weighting, again.rounds) == ("qig", False)
+    again = recipe(settings, {"steps": [{"equalize": {"sensitivity": "qig"}}]}).config()
+    assert again.chosen_steps == [Equalize("qig")]
     assert config_from_dict(json.loads(json.dumps(config_to_dict(replaced)))) == asked
 
 
 def test_configs_with_loaders_can_be_compared_and_shown() -> None:
     """Data is no part of what a config is."""
     loaders = [[{"input_ids": torch.zeros(8, 100)} for _ in range(100)] for _ in range(2)]
-    one, other = (QIGWeightOnlyConfig(calib=loader, model=nn.Linear(2, 2)) for loader in loaders)
+    one, other = (QIGWeightOnlyConfig(calib=loader, running=Running(model=nn.Linear(2, 2))) for loader in loaders)
     assert one == other
     assert one != QIGWeightOnlyConfig(bits=2, calib=loaders[0])
     assert len(repr(one)) < 1000

@@ -9,9 +9,9 @@ from torch import nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 import torchao_qig
-from tests.test_qig import FAMILIES, QUICK, assert_whole, packed, plain, run
+from tests.test_qig import FAMILIES, QUICK, SCALES, assert_whole, packed, plain, run
 from tests.tiny_models import VLMS, language_model, qwen2
-from torchao_qig import PackedIntWeightOnlyConfig
+from torchao_qig import Equalize, PackedIntWeightOnlyConfig, QIGWeightOnlyConfig, Running
 
 
 def test_part_of_a_model() -> None:
@@ -23,7 +23,7 @@ def test_part_of_a_model() -> None:
     with pytest.raises(ValueError, match=r"pixel_values.*model="):
         quantize_(language_model(whole), QUICK(calib=[inputs]))
     assert_whole(whole, before)
-    quantize_(language_model(whole), QUICK(calib=[inputs], model=whole))
+    quantize_(language_model(whole), QUICK(calib=[inputs], running=Running(model=whole)))
     assert torch.equal(run(whole, inputs), run(expected, inputs))
 
 
@@ -80,7 +80,7 @@ def test_everything_on_request(family: str, caplog: pytest.LogCaptureFixture) ->
     model, inputs = FAMILIES[family]()
     names = [n for n, part in model.model.named_children() if any(isinstance(m, nn.Linear) for m in part.modules())]
     before = run(model, inputs)
-    found = torchao_qig.calibrate(model, [inputs], QUICK(bits=8, group_size=16, grid=3, modules=[*names, "lm_head"]))
+    found = torchao_qig.calibrate(model, [inputs], QUICK(bits=8, group_size=16, steps=[Equalize("qig", grid=3)], modules=[*names, "lm_head"]))
     quantize_(model, QUICK(bits=8, group_size=16, calib=found))
     left = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed(model)}
     assert all(n in caplog.text for n in left if ".head." in n)  # (a tied lm_head stays without a word)
@@ -116,12 +116,12 @@ def test_shared_linear() -> None:
 
 
 def test_no_search_is_plain_rounding() -> None:
-    """sensitivity=None with data: the decoder's linears, rounded to nearest. Without data: what the filter matches, with a warning."""
+    """steps=[] with data: the decoder's linears, rounded to nearest. Without data: what the filter matches, with a warning."""
     model, inputs = plain()
     expected = copy.deepcopy(model)
     quantize_(expected, PackedIntWeightOnlyConfig(bits=3, group_size=32), filter_fn=lambda m, name: name.startswith("blocks") and isinstance(m, nn.Linear))
     rounded = copy.deepcopy(model)
-    quantize_(rounded, QUICK(sensitivity=None, calib=[inputs]))
+    quantize_(rounded, QUICK(steps=[], calib=[inputs]))
     assert torch.equal(run(rounded, inputs), run(expected, inputs))
     with pytest.warns(UserWarning, match="calib=None"):
         quantize_(model, QUICK())
@@ -133,14 +133,14 @@ def test_no_search_is_plain_rounding() -> None:
 def test_without_data_the_right_shapes() -> None:
     """What loaders make and then fill: with act_pre_scale if the saved config says so."""
     skeleton = nn.Sequential(nn.Linear(64, 48))
-    quantize_(skeleton, QUICK(pre_scaled=True))
+    quantize_(skeleton, PackedIntWeightOnlyConfig(bits=3, group_size=32, pre_scaled=True))
     weight = skeleton[0].weight
     assert weight.act_pre_scale.shape == (64,)
     model, inputs = plain()
-    quantize_(model, QUICK(calib=[inputs], fold=False))
+    quantize_(model, QUICK(calib=[inputs], steps=[Equalize("qig", grid=6, fold=False)]))
     source = model.blocks[0].mlp.down.weight
     skeleton = nn.Sequential(nn.Linear(64, 32))
-    quantize_(skeleton, QUICK(pre_scaled=True))
+    quantize_(skeleton, PackedIntWeightOnlyConfig(bits=3, group_size=32, pre_scaled=True))
     skeleton[0].weight.data.copy_(source.data)
     assert torch.equal(skeleton[0].weight.dequantize(), source.dequantize())
 
@@ -151,9 +151,9 @@ def test_base_config(base: Any) -> None:
     model, inputs = plain()
     plainly = copy.deepcopy(model)
     expected = run(model, inputs)
-    found = torchao_qig.calibrate(model, [inputs], QUICK(base_config=base))
+    found = torchao_qig.calibrate(model, [inputs], QIGWeightOnlyConfig(steps=[SCALES], verbose=False, format=base))
     assert all(g.loss <= g.rounding_loss for g in found.groups.values())
-    quantize_(model, QUICK(base_config=base, calib=found))
+    quantize_(model, QIGWeightOnlyConfig(steps=[SCALES], verbose=False, format=base, calib=found))
     quantize_(plainly, base, filter_fn=lambda m, name: name in found.grids)
     assert type(model.blocks[0].mlp.up.weight) is type(plainly.blocks[0].mlp.up.weight)
     assert (run(model, inputs) - expected).abs().mean() < 1.05 * (run(plainly, inputs) - expected).abs().mean()

@@ -21,10 +21,11 @@ from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 import torchao_qig.integrations.vllm as plugin
 from tests.tiny_models import qwen2
-from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig import Equalize, PackedIntTensor, PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 CONFIG = PackedIntWeightOnlyConfig(bits=3, group_size=64)
+INT8 = PackedIntWeightOnlyConfig(bits=4, group_size=-1, symmetric=True, int8_activations=True)
 
 
 class LinearMethod:
@@ -144,7 +145,7 @@ def method(config: Any, name: str = "model.layers.0.self_attn.qkv_proj", layer: 
 
 
 @pytest.mark.usefixtures("vllm")
-@pytest.mark.parametrize("config", [CONFIG, QIGWeightOnlyConfig(), QIGInt8DynamicActivationConfig(), AWQConfig(CONFIG, step="prepare_for_loading")])
+@pytest.mark.parametrize("config", [CONFIG, INT8, QIGWeightOnlyConfig(), QIGInt8DynamicActivationConfig(), AWQConfig(CONFIG, step="prepare_for_loading")])
 def test_ours(config: Any) -> None:
     found = method(config)
     assert isinstance(found, plugin.PackedLinearMethod)
@@ -161,7 +162,7 @@ def test_others_are_left_to_vllm() -> None:
 @pytest.mark.usefixtures("vllm")
 def test_bits_of_single_linears() -> None:
     """bits="auto" names single linears, as transformers does; vLLM has other names and joins some."""
-    three, five = QIGWeightOnlyConfig(bits=3), QIGWeightOnlyConfig(bits=5)
+    three, five = PackedIntWeightOnlyConfig(bits=3), PackedIntWeightOnlyConfig(bits=5)
     parent = "model.language_model.layers.0"
     bits = {f"{parent}.self_attn.{name}_proj": three for name in "qkv"} | {f"{parent}.mlp.down_proj": five}
     assert method(FqnToConfig(bits), "language_model.model.layers.0.self_attn.qkv_proj", mapped=True).quant_config.torchao_config == three
@@ -173,7 +174,7 @@ def test_bits_of_single_linears() -> None:
 def test_pre_scaled_of_single_linears() -> None:
     """What quantize_ with configs by name writes into config.json: a linear with an act_pre_scale is made with one, the others without."""
     model, inputs = qwen2()
-    config = QIGWeightOnlyConfig(bits=3, group_size=32, grid=6, compensate=False, calib=[inputs], verbose=False)
+    config = QIGWeightOnlyConfig(bits=3, group_size=32, steps=[Equalize("qig", grid=6)], calib=[inputs], verbose=False)
     quantize_(model, FqnToConfig({r"re:model\.layers\..*": config}), filter_fn=None)
     described = model.config.quantization_config.quant_type
     for name in ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"):
@@ -241,7 +242,7 @@ def test_memory_as_it_is_found() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(4).isnan().all()
-        layer_of(QIGWeightOnlyConfig(bits=3, group_size=64), [64], 128)
+        layer_of(CONFIG, [64], 128)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -250,7 +251,10 @@ def test_memory_as_it_is_found() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_shard_of_inputs(rank: int) -> None:
     scale = torch.rand(256) + 0.5
-    weight, layer = packed(32, 256, scale), layer_of(QIGWeightOnlyConfig(bits=3, group_size=64, pre_scaled=True), [32], 256, joining({None: 0}, 128, rank), 2)
+    weight, layer = (
+        packed(32, 256, scale),
+        layer_of(PackedIntWeightOnlyConfig(bits=3, group_size=64, pre_scaled=True), [32], 256, joining({None: 0}, 128, rank), 2),
+    )
     layer.weight.weight_loader(layer.weight, weight)
     layer.method.process_weights_after_loading(layer)
     x, mine = torch.randn(5, 128), slice(128 * rank, 128 * rank + 128)
@@ -260,10 +264,10 @@ def test_a_shard_of_inputs(rank: int) -> None:
 @pytest.mark.usefixtures("vllm")
 def test_a_shard_with_int8_activations() -> None:
     """Each part of the input is rounded with scales of its own: a rank computes with its columns alone."""
-    config, x = QIGInt8DynamicActivationConfig(), torch.cat([torch.randn(5, 128), 9 * torch.randn(5, 128)], 1)
+    x = torch.cat([torch.randn(5, 128), 9 * torch.randn(5, 128)], 1)
     weight, parts = PackedIntTensor.from_hp(torch.randn(32, 256), 4, -1, symmetric=True, int8_activations=True), []
     for rank in range(2):
-        layer = layer_of(config, [32], 256, joining({None: 0}, 128, rank), 2)
+        layer = layer_of(INT8, [32], 256, joining({None: 0}, 128, rank), 2)
         layer.weight.weight_loader(layer.weight, weight)
         mine = slice(128 * rank, 128 * rank + 128)
         alone = PackedIntTensor.from_codes(*codes_of(weight, mine), 4, -1, int8_activations=True)
@@ -278,9 +282,9 @@ def test_a_shard_inside_a_group() -> None:
         layer_of(CONFIG, [32], 128, ranks=4)
     with pytest.raises(ValueError, match="no multiple of 64"):
         layer_of(AWQConfig(CONFIG, step="prepare_for_loading"), [32], 128, ranks=4)
-    layer_of(QIGInt8DynamicActivationConfig(), [32], 128, ranks=4)  # one scale per row: any 32 columns
+    layer_of(INT8, [32], 128, ranks=4)  # one scale per row: any 32 columns
     with pytest.raises(ValueError, match="no multiple of 32"):
-        layer_of(QIGInt8DynamicActivationConfig(), [32], 128, ranks=8)
+        layer_of(INT8, [32], 128, ranks=8)
 
 
 @pytest.mark.usefixtures("vllm")
@@ -297,7 +301,7 @@ def codes_of(weight: PackedIntTensor, columns: slice) -> tuple[torch.Tensor, tor
     return (weight.dequantize()[:, columns] / scale + zero).round().to(torch.uint8), scale, zero
 
 
-PRE_SCALED = QIGWeightOnlyConfig(bits=3, group_size=64, pre_scaled=True)
+PRE_SCALED = PackedIntWeightOnlyConfig(bits=3, group_size=64, pre_scaled=True)
 
 
 @pytest.mark.usefixtures("vllm")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +26,28 @@ import torchao_qig
 from tests.plain_models import Block, Decoder, tokens
 from tests.test_qig import FAMILIES, packed, run
 from tests.tiny_models import language_model, llama, qwen2
-from torchao_qig import Calibration, PackedIntTensor, PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
-from torchao_qig.calibrate.draft import Draft
+from torchao_qig import (
+    QIG,
+    Calibration,
+    Compensate,
+    Equalize,
+    Modality,
+    PackedIntTensor,
+    PackedIntWeightOnlyConfig,
+    QIGInt8DynamicActivationConfig,
+    QIGWeightOnlyConfig,
+    Smooth,
+)  # fmt: skip
+from torchao_qig.methods.draft import Draft
 
-QUICK = partial(QIGInt8DynamicActivationConfig, grid=6, compensate=False, verbose=False)
+SCALES = Equalize("qig", grid=6)
+QUICK = partial(QIGInt8DynamicActivationConfig, steps=[SCALES], verbose=False)
 WAYS: dict[str, dict[str, Any]] = {
-    "qig": {"sensitivity": "qig"}, "qig, clean reference": {"sensitivity": "qig", "propagate_error": True},
-    "riemann": {"sensitivity": "qig", "quadrature": "riemann"},
-    "modality": {"sensitivity": "modality", "modality_ratio": 0.5}, "uniform": {"sensitivity": "uniform", "loss": "mse"}, "smoothquant": {"smoothquant": 0.5},
-    "compensate": {"sensitivity": None, "compensate": True}, "all": {"sensitivity": "qig", "compensate": True, "clip": True},
-    "grouped": {"sensitivity": "qig", "group_size": 16}, "8 bits": {"sensitivity": "qig", "bits": 8}, "asymmetric": {"sensitivity": "qig", "symmetric": False},
+    "qig": {"steps": [SCALES]}, "qig, clean reference": {"steps": [replace(SCALES, propagate_error=True)]},
+    "riemann": {"steps": [replace(SCALES, sensitivity=QIG("riemann"))]}, "modality": {"steps": [replace(SCALES, sensitivity=Modality(ratio=0.5))]},
+    "uniform": {"steps": [replace(SCALES, sensitivity="uniform", loss="mse")]}, "smoothquant": {"steps": [Smooth(alpha=0.5)]},
+    "compensate": {"steps": [Compensate()]}, "all": {"steps": [SCALES, Compensate("qig", clip=True)]},
+    "grouped": {"group_size": 16}, "8 bits": {"bits": 8}, "asymmetric": {"symmetric": False},
 }  # fmt: skip
 
 
@@ -62,14 +76,14 @@ def test_every_way_of_choosing(way: str) -> None:
     weights = packed(made)
     assert weights.keys() == found.grids.keys() != set()
     assert all(w.int8_activations and w.bits == config.bits and w.group_size == config.group_size for w in weights.values())
-    if not config.rounds:
+    if all(step.decides != "codes" for step in config.chosen_steps):
         simulated = Draft(model, "", dict.fromkeys(found.grids, config.form), found.groups.values()).module(model, torch.device("cpu"))
         torch.testing.assert_close(called(made, inputs), called(simulated, inputs), rtol=1e-3, atol=1e-3)
     rounded = copy.deepcopy(model)
-    quantize_(rounded, QUICK(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric, sensitivity=None), filter_fn=lambda m, n: n in weights)
+    quantize_(rounded, QUICK(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric, steps=[]), filter_fn=lambda m, n: n in weights)
     error, plainly = ((called(m, inputs) - exact).square().mean() for m in (made, rounded))
     assert error < {"smoothquant": 3.0, "8 bits": 1.02}.get(way, 1.0) * plainly  # SmoothQuant thinks of activations, four bits hurt the weights
-    if config.equalizes and way != "smoothquant":
+    if isinstance(config.chosen_steps[0], Equalize):
         assert sum(g.loss for g in found.groups.values()) < sum(g.rounding_loss for g in found.groups.values())
 
 
@@ -77,33 +91,38 @@ def test_defaults() -> None:
     """Four bits, a scale per row; integers chosen as for weights alone, and scales where integers are not ours."""
     config = QIGInt8DynamicActivationConfig()
     assert (config.bits, config.group_size, config.symmetric) == (4, -1, True)
-    assert (config.compensates, config.weighting) == (True, None)
-    assert QIGInt8DynamicActivationConfig(compensate=False).weighting == "qig"
-    assert QIGInt8DynamicActivationConfig(smoothquant=0.5, compensate=False).weighting is None
+    assert config.chosen_steps == [Compensate()]
+    assert QIGInt8DynamicActivationConfig(method="qig").chosen_steps == [Equalize("qig")]
+    assert QIGInt8DynamicActivationConfig(format=Int8DynamicActivationInt8WeightConfig()).chosen_steps == [Equalize("qig")]
+    assert QIGInt8DynamicActivationConfig(method="smoothquant").chosen_steps == [Smooth(alpha=0.5)]
     paper = QIGInt8DynamicActivationConfig.paper()
-    assert (paper.sensitivity, paper.official, paper.warmup_groups, paper.compensate, paper.bits, paper.group_size) == ("qig", True, 0, False, 4, -1)
+    assert isinstance(paper, QIGInt8DynamicActivationConfig)
+    assert paper.chosen_steps == [Equalize(QIG("riemann", 32, 0), "mae", search="exhaustive", pre_scale=False, paper_rules=True)]
+    assert (paper.paper_rules, paper.bits, paper.group_size) == (True, 4, -1)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("kind", "arguments", "words"),
     [
-        ({"smoothquant": 1.5}, "smoothquant=1.5"), ({"smoothquant": "0.5"}, "smoothquant='0.5'"),
-        ({"smoothquant": 0.5, "sensitivity": "qig"}, "both choose scales"),
-        ({"bits": 8, "symmetric": False}, "symmetric=True"), ({"bits": {"a": 8}, "symmetric": False}, "symmetric=True"), ({"bits": 0}, "bits=0"),
-        ({"smoothquant": 0.5, "fold": False, "pre_scale": False}, "nowhere to put a scale"), ({"group_size": 100}, "group_size=100"),
+        (Smooth, {"alpha": 1.5}, "alpha=1.5"), (Smooth, {"alpha": "0.5"}, "alpha='0.5'"),
+        (QIGInt8DynamicActivationConfig, {"steps": [Smooth(), Equalize("qig")]}, "both choose scales"),
+        (QIGInt8DynamicActivationConfig, {"bits": 8, "symmetric": False}, "symmetric=True"),
+        (QIGInt8DynamicActivationConfig, {"bits": {"a": 8}, "symmetric": False}, "symmetric=True"),
+        (QIGInt8DynamicActivationConfig, {"bits": 0}, "bits=0"), (QIGInt8DynamicActivationConfig, {"group_size": 100}, "group_size=100"),
+        (Smooth, {"fold": False, "pre_scale": False}, "nowhere to put a scale"),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
+def test_bad_arguments_are_named(kind: Callable[..., Any], arguments: dict[str, Any], words: str) -> None:
     """Before anything is touched."""
     with pytest.raises(ValueError, match=words):
-        QIGInt8DynamicActivationConfig(**arguments)
+        kind(**arguments)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_architecture(family: str, tmp_path: Path) -> None:
     """QIG's scales and plain transformers' loader: the same logits from the file, and the config that names the form."""
     model, inputs = FAMILIES[family]()
-    quantize_(model, QUICK(grid=3, search="exhaustive", calib=[inputs]))
+    quantize_(model, QUICK(steps=[Equalize("qig", grid=3, search="exhaustive")], calib=[inputs]))
     assert packed(model)
     assert all(w.int8_activations for w in packed(model).values())
     torchao_qig.save_pretrained(model, tmp_path)
@@ -111,13 +130,13 @@ def test_every_architecture(family: str, tmp_path: Path) -> None:
     assert all(w.int8_activations for w in packed(loaded).values())
     assert torch.equal(run(loaded, inputs), run(model, inputs))
     described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_type"]["default"]
-    assert described["_type"] == "QIGInt8DynamicActivationConfig"
+    assert (described["_type"], described["_data"]["int8_activations"]) == ("PackedIntWeightOnlyConfig", True)
 
 
 def test_whole_layer_compiles() -> None:
     """One graph, its numbers those of eager; linears that share an input share its rounding."""
     model, inputs = FAMILIES["llava_onevision"]()
-    quantize_(model, QUICK(calib=[inputs], sensitivity="qig"))
+    quantize_(model, QUICK(calib=[inputs]))
     layer = language_model(model).layers[1]
     for batch in (1, 20):
         x = torch.randn(batch, 5, 128)
@@ -130,7 +149,7 @@ def test_whole_layer_compiles() -> None:
 def test_forms_of_the_call(tmp_path: Path) -> None:
     """One call; a calibration from a file; prepare and convert; through FqnToConfig beside weight-only linears; the config's JSON."""
     model, inputs = llama()
-    config = partial(QUICK, compensate=True, sensitivity="qig")
+    config = partial(QUICK, steps=[SCALES, Compensate("qig")])
     models = [copy.deepcopy(model) for _ in range(4)]
     found = torchao_qig.calibrate(model, [inputs], config())
     found.save(tmp_path)
@@ -142,8 +161,8 @@ def test_forms_of_the_call(tmp_path: Path) -> None:
     expected = run(models[0], inputs)
     for other in models[1:3]:
         assert torch.equal(run(other, inputs), expected)
-    weight_only = QIGWeightOnlyConfig(bits=4, group_size=32, compensate=False, sensitivity=None)
-    quantize_(models[3], FqnToConfig({r"re:.*mlp.*": QUICK(sensitivity=None), r"re:.*self_attn.*": weight_only}), filter_fn=None)
+    weight_only = QIGWeightOnlyConfig(bits=4, group_size=32, steps=[])
+    quantize_(models[3], FqnToConfig({r"re:.*mlp.*": QUICK(steps=[]), r"re:.*self_attn.*": weight_only}), filter_fn=None)
     assert {w.int8_activations for n, w in packed(models[3]).items() if "mlp" in n} == {True}
     assert {w.int8_activations for n, w in packed(models[3]).items() if "self_attn" in n} == {False}
     assert config_from_dict(config_to_dict(config())) == config(verbose=True)
@@ -163,7 +182,7 @@ def test_base_config(base: Any, way: str) -> None:
     """torchao's own integer linears, scaled where a fold is exact: nearer to full precision than without."""
     model, inputs = llama()
     exact, plainly = run(model, inputs), copy.deepcopy(model)
-    config = partial(QUICK, base_config=base, pre_scale=False, **({"smoothquant": 0.5} if way == "smoothquant" else {}))
+    config = partial(QUICK, format=base, steps=[Smooth(alpha=0.5, pre_scale=False) if way == "smoothquant" else replace(SCALES, pre_scale=False)])
     found = torchao_qig.calibrate(model, [inputs], config())
     if way == "qig":
         assert sum(g.loss for g in found.groups.values()) < sum(g.rounding_loss for g in found.groups.values())
@@ -180,7 +199,7 @@ def test_linear_alone() -> None:
     """Without data: a linear outside of any model is rounded to nearest, and says what it is."""
     linear = nn.Sequential(nn.Linear(64, 32))
     x, exact = torch.randn(3, 64), linear[0].weight.detach().clone()
-    quantize_(linear, QIGInt8DynamicActivationConfig(bits=8, sensitivity=None, compensate=False))
+    quantize_(linear, QIGInt8DynamicActivationConfig(bits=8, steps=[]))
     assert "int8 activations" in repr(linear[0].weight.data)
     assert (linear(x) - F.linear(x, exact, linear[0].bias)).abs().max() < 0.05
 
@@ -205,9 +224,9 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     weight_only = partial(QIGWeightOnlyConfig, bits=4, group_size=-1, symmetric=True, verbose=False)
     for chosen, taken in ((QUICK, weight_only), (weight_only, QUICK)):
-        found = torchao_qig.calibrate(model, [inputs], chosen(compensate=True))
+        found = torchao_qig.calibrate(model, [inputs], chosen(steps=[Compensate()]))
         with pytest.raises(ValueError, match=r"int8 activations.*calibrate again"):
-            quantize_(model, taken(compensate=True, calib=found))
+            quantize_(model, taken(steps=[Compensate()], calib=found))
     mixed = FqnToConfig({r"re:.*mlp.*": QUICK(calib=[inputs]), r"re:.*self_attn.*": weight_only(calib=[inputs])})
     with pytest.raises(ValueError, match="calibrate each on its own"):
         quantize_(model, mixed, filter_fn=None)
@@ -224,13 +243,13 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
 def test_base_config_must_round_activations(base: Any) -> None:
     """Otherwise nothing would."""
     with pytest.raises(ValueError, match="does not round activations"):
-        QIGInt8DynamicActivationConfig(base_config=base)
+        QIGInt8DynamicActivationConfig(format=base)
 
 
 def test_stacks_of_experts_keep_float_activations() -> None:
     """3-D weights are multiplied by grouped products, which do not round; the tensor does not claim it."""
     model, inputs = FAMILIES["qwen3_moe"]()
-    config = QIGInt8DynamicActivationConfig(sensitivity=None, compensate=False)
+    config = QIGInt8DynamicActivationConfig(steps=[])
     quantize_(model, FqnToConfig({r"re:.*experts\.(gate_up_proj|down_proj)": config, r"re:.*self_attn.*": config}), filter_fn=None)
     flags = {n: p.int8_activations for n, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
     assert flags

@@ -1,9 +1,9 @@
-"""Everything that leans on torchao's internals or on a version; a torchao that moved something fails here, by name.
+"""Everything that depends on torchao's internals or on its version. If torchao has moved something, the import fails here and names it.
 
-- `quiet`: what torchao says when it is imported.
-- `register`: torchao's name tables, so that configs and packed tensors go through JSON and safetensors.
-- `find_quantize_call`: what `torchao.quantize_` is walking. It hands a handler one module and the config, nothing else; the
-  model and the filter lie in its own frame, which is found by torchao's code objects, not by names of ours.
+- `quiet` suppresses messages that torchao logs when it is imported.
+- `register` enters our classes into torchao's tables of names, so that configs and packed tensors go through JSON and safetensors.
+- `find_quantize_call` finds the running `torchao.quantize_`. torchao hands a handler only one module and the config; the model and
+  the filter are variables in the frame of `quantize_`, which is recognised by its code object.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from torchao_qig.errors import UserError
 
-NOISE = {  # logger -> messages about torchao itself, which no user can do anything about
+NOISE = {  # logger -> messages about torchao itself, which a user cannot do anything about
     "torchao": r"Failed to load .*_C_(mxfp8|cutlass_90a)\.",  # kernels for GPUs that are not here
     "torch.utils._pytree": r"<enum '(KernelPreference|ScaleCalculationMode)'> is an Enum subclass",  # deprecated, still right
 }
@@ -30,7 +30,7 @@ NOISE = {  # logger -> messages about torchao itself, which no user can do anyth
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """These messages are not logged meanwhile. Nothing else changes, and nothing afterwards."""
+    """While this runs, torchao's messages about itself are not logged. All other messages are."""
 
     def kept(record: logging.LogRecord) -> bool:
         return re.match(NOISE[record.name], record.getMessage(), re.DOTALL) is None
@@ -99,11 +99,11 @@ def quantized_weight(weight: Tensor, config: Any) -> Tensor:
 
 
 class OurConfig(AOBaseConfig):
-    """Base of this package's configs: handlers and loaders know them by it."""
+    """The base class of this package's configs, by which handlers and loaders recognise them."""
 
 
 class Assignment(NamedTuple):
-    """torchao will apply `config` to `module`'s parameter."""
+    """One entry of what a `quantize_` will do: apply `config` to a parameter of `module`."""
 
     fqn: str
     module: nn.Module
@@ -113,7 +113,7 @@ class Assignment(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizeCall:
-    """A running `torchao.quantize_(model, config, filter_fn)`. `notes` live as long as it runs."""
+    """A running `torchao.quantize_(model, config, filter_fn)`. `notes` are kept until it returns."""
 
     model: nn.Module
     config: Any
@@ -128,7 +128,7 @@ class QuantizeCall:
     def assignments(self, start: nn.Module | None = None) -> Iterator[Assignment]:
         """All that torchao will hand to handlers, in its order.
 
-        `start`: the first module that the filter has matched. What lies before it has been asked about, and is not asked again: a filter may count.
+        `start`: the first module that the filter has matched. The filter is not asked again about it and the modules before it, since it may keep a count.
         """
         if self.names_modules:
             yield from self._by_name()
@@ -153,6 +153,8 @@ class QuantizeCall:
 
 @dataclass
 class _Note(AOBaseConfig):
+    """Stands for a config: where it is applied, it only notes the parameter that it got."""
+
     config: Any
     seen: list[tuple[nn.Module, str, Any]]
 
@@ -164,7 +166,7 @@ def _note(module: nn.Module, note: _Note, *, parameter_name: str = "weight") -> 
 
 
 def _matches(module: nn.Module, filter_fn: Callable[[nn.Module, str], bool], fqn: str, start: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """torchao's walk: it does not look inside a match. `start` is emptied when the walk comes to what is in it."""
+    """torchao's walk, which does not look inside a match. `start` has the first match, if it is known, and is emptied when the walk arrives there."""
     if start:
         matched = module is start[0]
         if matched:
@@ -186,7 +188,7 @@ def find_quantize_call() -> QuantizeCall | None:
     frame = _quantize_frame()[0]
     if frame is None:
         return None
-    held = frame.f_locals  # a name that is no variable of the function stays in it until the call ends
+    held = frame.f_locals  # an entry that is no variable of the function stays there until the call ends
     if NOTES not in held:
         held[NOTES] = {}
     model, config, filter_fn = (held[name] for name in QUANTIZE_LOCALS)
@@ -194,12 +196,12 @@ def find_quantize_call() -> QuantizeCall | None:
 
 
 def stacklevel() -> int:
-    """For `warnings.warn` in the function that asks: the line that called `quantize_`."""
+    """The `stacklevel` for a `warnings.warn` in the calling function that names the line where `quantize_` was called."""
     return _quantize_frame()[1]
 
 
 def _quantize_frame() -> tuple[FrameType | None, int]:
-    """The frame of the innermost running `quantize_`, and how far above the caller of our caller its own caller is."""
+    """The frame of the innermost running `quantize_`, and the level of its caller, counted from the function that called our caller (1)."""
     frame: FrameType | None = sys._getframe(2)
     for level in count(2):
         if frame is None or frame.f_code is QUANTIZE:

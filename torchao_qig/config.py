@@ -1,283 +1,234 @@
-"""The configs that `torchao.quantize_` takes: data and validation, nothing else; workflow.py says what they do."""
+"""The configs that `torchao.quantize_` calibrates with: the form of the weights, the steps, and options of the run. Only data and validation."""
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torchao.core.config import AOBaseConfig
 
 from torchao_qig._compat import INT8_DYNAMIC_CONFIGS, OurConfig
-from torchao_qig.errors import UserError
-from torchao_qig.formats import Affine, CodedFormat, Float, Foreign, Format, Int8PerToken, LinearForm
+from torchao_qig.errors import UserError, check_choice, check_count, check_flag, check_number
+from torchao_qig.formats import Activations, Affine, CodedFormat, Float, Foreign, Format, Int8PerToken, LinearForm
+from torchao_qig.formats.affine import UNQUANTIZED_BITS
+from torchao_qig.running import Running, check_dtype
+from torchao_qig.stored_config import check_int8_grid, from_version_1, loading_config
 from torchao_qig.tensor.affine import check_grid
 
-FULL = 16  # bits of a weight that is not quantized
-BITS_OF_AUTO = 2  # at least
-DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    from torchao_qig.methods import Step
 
-
-def _check_dtype(name: str, dtype: object) -> None:
-    if dtype not in DTYPES:
-        raise UserError(f"{name}={dtype!r}: pass torch.float32, torch.bfloat16, torch.float16 or None")
-
-
-@dataclass
-class PackedIntWeightOnlyConfig(OurConfig):
-    """Round the weights of linears to nearest, `bits` bits each, and pack them. No calibration.
-
-    `quantize_(model, PackedIntWeightOnlyConfig(bits=3))` on its own, or as `base_config` of torchao's AWQ and SmoothQuant.
-
-    Args:
-        bits: 1 to 8.
-        group_size: weights per scale along the input features: a multiple of 16, or -1 for one scale per row.
-        symmetric: a grid centred on zero instead of one that spans each group's range; needs at least 2 bits.
-        dtype: floating-point dtype of the scales, and so of the weight; None keeps the weight's.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = False
-    dtype: torch.dtype | None = None
-    version: int = 1
-
-    def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size, self.symmetric)
-        _check_dtype("dtype", self.dtype)
-
-    @property
-    def form(self) -> LinearForm:
-        """What every linear becomes."""
-        return LinearForm(Affine(self.bits, self.group_size, self.symmetric), dtype=self.dtype)
+LEAST_BITS_OF_AUTO = 2
+USUAL_RUN = Running()
+EQUALIZE, QIG, COMPENSATE, RUNNING = (
+    "steps=[Equalize({}=...)]",
+    "steps=[Equalize(sensitivity=QIG({}=...))]",
+    "steps=[Compensate({}=...)]",
+    "running=Running({}=...)",
+)
+MOVED = {  # settings that were keywords of the config once, and where they are now
+    "base_config": "format=...",
+    "compensate": "method='qig' for scales alone, method='default+qig' for both; more in steps=[...]",
+    "sensitivity": "method='qig' (or 'awq', 'mbq', 'rtn'), or steps=[Equalize(sensitivity=...)]",
+    "modality_ratio": "steps=[Equalize(sensitivity=Modality(ratio=...))]",
+    "clip": "steps=[Compensate(clip=True)], or steps=[Clip()]",
+    "official": "method='qig-paper', or steps=[Equalize(paper_rules=True)]",
+    "smoothquant": "steps=[Smooth(alpha=...)]",
+    **{name: EQUALIZE.format(name) for name in ("loss", "grid", "search", "fold", "pre_scale", "propagate_error")},
+    **{name: QIG.format(name) for name in ("quadrature", "warmup_groups")},
+    **{name: COMPENSATE.format(name) for name in ("damping", "repair", "sweeps")},
+    **{name: RUNNING.format(name) for name in ("model", "compute_dtype", "micro_batch", "max_host_memory")},
+}
 
 
 @dataclass
 class QIGWeightOnlyConfig(OurConfig):
-    """Calibrate, then quantize: integers chosen by compensation of errors (the default), equalization scales under a loss that weighs
-    every token by integrated gradients (QIG: `sensitivity="qig", compensate=False`), or both.
+    """Calibrate on some batches, then quantize the weights: `quantize_(model, QIGWeightOnlyConfig(bits=3, calib=loader))`.
 
-    `quantize_(model, QIGWeightOnlyConfig(bits=3, calib=loader))`. Without `calib` weights are rounded to nearest, which is what
-    loaders of saved checkpoints need.
+    By default (`method="default"`) no equalization scales are searched. Codes are chosen by compensated rounding: columns are rounded one after another, and
+    the error of each is passed on to those after it. This is done on the inputs that the model quantized so far has, and aims at the full-precision outputs.
+    Then the scales of the codes are fitted, and single codes changed where that lowers the error. The published method, whose token weights come from
+    integrated gradients, is `method="qig"`, or `QIGWeightOnlyConfig.paper(...)` exactly as its released code computes it.
 
-    The quantized form:
-        bits, group_size, symmetric, dtype: see `PackedIntWeightOnlyConfig`. `bits` may also be "auto", or a dict from names of linears
-            to 1 to 8, or 16 for those that stay as they are.
-        budget: for bits="auto": the mean number of bits per weight, scales not counted, 16 for a weight that stays.
-        max_bytes: for bits="auto", instead: what the weights may take in all, scales counted.
-        base_config: another torchao config to quantize with, instead of these; its weights must take an `act_pre_scale`.
-        format: another stored form to quantize with (`torchao_qig.formats`), instead of bits, group_size and symmetric.
-        modules: names of modules whose linears are quantized ("visual", "lm_head", "model.layers.3"; a name stands for all
-            that ends in it); None: the decoder's repeated blocks.
-        fold: put scales into norms and linears before, where that is exact.
-        pre_scale: otherwise keep them as `act_pre_scale`; False leaves such groups without a scale.
-        pre_scaled: for loaders: weights made without data get an `act_pre_scale` of ones.
+    Without `calib` weights are rounded to nearest.
 
-    The search:
-        sensitivity: what a token's error counts: "qig", "modality" (MBQ), "uniform" (AWQ), or None for no search. "auto": None with
-            `compensate`, "qig" without.
-        loss: "mae" or "mse", at the output of the module that a group feeds.
-        grid: number of candidate scales.
-        quadrature, steps: "gauss" (4 points, or 6 where those do not agree) or "riemann" (the paper's 32) for the integrated gradients.
-        search: "coarse", or "exhaustive" for every candidate on every sample.
-        warmup_groups: so many first groups get uniform token weights.
-        modality_ratio: for "modality": one ratio, or ratios by part of a module's name; None measures them.
-        clip: choose each group's range by the weighted error of its outputs, instead of spanning all of its weights.
-        compensate: round to change outputs least, not weights: every column's error is passed on to those after it (GPTQ), on
-            the inputs that the model quantized so far has, towards full-precision outputs. The file is as large, the model as fast.
-            None: yes, unless `base_config` is given, which chooses its own integers.
-        damping: of the inputs' Gram matrix, as part of its mean diagonal.
-        sweeps: with `compensate`, so often scales are fitted and single integers changed for the better after that.
-        repair: with `compensate`, how far to aim beyond a linear's own rounding at what was rounded before it, 0 to 1.
-        propagate_error: try candidates on the inputs that the model quantized so far has, against full-precision outputs.
-        official: reproduce the published code: its clamped zero point, padding that counts.
-
-    How it runs (not saved with a model):
+    Args:
+        bits, group_size, symmetric, dtype: see `PackedIntWeightOnlyConfig`. `bits` may also be "auto", or a dict from names of linears to their bits: 1 to
+            8, or 16 for a linear that stays as it is.
+        format: another stored form instead of bits, group_size and symmetric: one of `torchao_qig.formats`, or any torchao config.
+        budget: for bits="auto": the mean number of bits per weight. Scales do not count; a weight that stays counts 16.
+        max_bytes: for bits="auto", instead of budget: the bytes of all weights together, scales included.
+        modules: names of modules whose linears are quantized ("visual", "lm_head", "model.layers.3"; a name stands for all that ends in it);
+            None: the decoder's repeated blocks.
+        steps: the steps of the calibration, in this order: `Equalize` or `Smooth` (scales), `Compensate` or `Clip` (codes); [] rounds to nearest.
+        method: instead of steps, a name for them: "default", "rtn", "awq", "mbq", "smoothquant", "qig", "qig-paper", "gptq", "gptaq", ...
+            (`methods/presets.py`).
         calib: an iterable of batches (dicts passed as keywords, tuples, tensors, a datasets.Dataset), or a `Calibration`.
-        model: the model that the batches are for, where `quantize_` is given a part of it.
         step: "prepare" records the batches that the model is then run on, "convert" calibrates with them.
-        device: where blocks are computed; None: where they are.
-        compute_dtype: of gradients and losses; None: bfloat16 where the device has fast bfloat16 matrix units, else float32.
-        micro_batch: samples computed at once; None: as many as fit a cache (CPU) or 4096 tokens.
-        max_host_memory: bytes of captured activations kept in memory; more goes to temporary files.
-        checkpoint_dir: where a killed calibration picks up again.
+        device: where blocks are computed; None: on the device that they are on.
+        checkpoint_dir: a directory for the progress, from which an interrupted calibration continues.
         verbose: show a progress bar.
+        running: rarer options of the run, see `Running`.
     """
 
     bits: Any = 3
     group_size: int = 128
     symmetric: bool = False
     dtype: torch.dtype | None = None
+    format: Format | AOBaseConfig | None = None
     budget: float | None = None
     max_bytes: int | None = None
-    base_config: AOBaseConfig | None = None
-    format: Format | None = None
     modules: list[str] | None = None
-    fold: bool = True
-    pre_scale: bool = True
-    pre_scaled: bool = False
-    sensitivity: str | None = "auto"
-    loss: str = "mae"
-    grid: int = 20
-    quadrature: str = "gauss"
-    steps: int | None = None
-    search: str = "coarse"
-    warmup_groups: int = 0
-    modality_ratio: float | dict[str, float] | None = None
-    clip: bool = False
-    compensate: bool | None = None
-    damping: float = 0.03
-    repair: float = 1.0
-    sweeps: int = 2
-    propagate_error: bool = False
-    official: bool = False
+    steps: "Sequence[Step] | None" = None
     calib: Any = field(default=None, repr=False, compare=False)  # a loader may be long, and tensors in it have no plain ==
-    model: Any = field(default=None, repr=False, compare=False)
     step: str | None = None
     device: Any = None
-    compute_dtype: torch.dtype | None = None
-    micro_batch: int | None = None
-    max_host_memory: int | None = None
     checkpoint_dir: Any = None
     verbose: bool = True
-    version: int = 1
+    running: Running = USUAL_RUN
+    method: InitVar[str | None] = None
     int8_activations: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        self._check_bits()
-        _check_dtype("dtype", self.dtype)
-        _check_dtype("compute_dtype", self.compute_dtype)
-        _check_choice("sensitivity", self.sensitivity, ("auto", "qig", "modality", "uniform", None))
-        _check_choice("loss", self.loss, ("mae", "mse"))
-        _check_choice("quadrature", self.quadrature, ("gauss", "riemann"))
-        _check_choice("search", self.search, ("coarse", "exhaustive"))
-        _check_choice("step", self.step, (None, "prepare", "convert"))
-        _check_choice("compensate", self.compensate, (None, True, False))
-        for name, least, optional in (
-            ("grid", 1, False), ("steps", 1, True), ("warmup_groups", 0, False), ("sweeps", 0, False), ("micro_batch", 1, True), ("max_host_memory", 0, True),
-        ):  # fmt: skip
-            _check_count(name, getattr(self, name), least, optional)
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        if "pre_scaled" in settings:  # from a config.json of version 1: keep what it says of the stored form
+            known = {"pre_scaled", "version", *MOVED, *(f.name for f in fields(cls))} - {*RUNTIME}
+            if args or settings.keys() - known:
+                raise UserError(f"pre_scaled={settings['pre_scaled']!r}: is about the stored form; pass it to PackedIntWeightOnlyConfig")
+            return from_version_1(settings, cls.int8_activations)
+        for name in settings.keys() & MOVED.keys():
+            raise UserError(f"{name}={settings[name]!r}: is said in another place now: {MOVED[name]}")
+        return super().__new__(cls)
+
+    def __post_init__(self, method: str | None) -> None:
+        if isinstance(self.format, AOBaseConfig):
+            self.format = Foreign(self.format)
+        self._check_form()
+        check_choice("step", self.step, (None, "prepare", "convert"))
+        check_flag("verbose", self.verbose)
+        if not isinstance(self.running, Running):
+            raise UserError(f"running={self.running!r}: pass torchao_qig.Running(...)")
         if self.modules is not None and not (isinstance(self.modules, (list, tuple)) and all(isinstance(m, str) for m in self.modules)):
             raise UserError(f"modules={self.modules!r}: pass a list of module names, or None for the decoder's blocks")
-        if self.equalizes and not (self.fold or self.pre_scale):
-            raise UserError("fold=False, pre_scale=False: then there is nowhere to put a scale; set one of them, or sensitivity=None")
-        if self.base_config is not None and not isinstance(self.base_config, AOBaseConfig):
-            raise UserError(f"base_config={self.base_config!r}: pass a torchao config such as Int8WeightOnlyConfig()")
-        self._check_format()
-        for name, low, high in (("damping", 0.0, float("inf")), ("repair", 0.0, 1.0)):
-            _check_number(name, getattr(self, name), low, high)
-        if self.rounds and self.base_config is not None:
-            raise UserError("base_config: chooses its own integers; leave it out, or clip=True and compensate=True")
+        if method is not None:
+            if self.steps is not None:
+                raise UserError(f"method={method!r}, steps=[...]: both say how to calibrate; leave one of them out")
+            from torchao_qig.methods.presets import preset
+
+            self.steps = preset(method, self.int8_activations)
+        if self.steps is not None:
+            from torchao_qig.methods.fit import check_list, check_steps
+
+            self.steps = check_list(self.steps)
+            check_steps(self.steps, self._format)
         if self.step == "prepare" and self.calib is not None:
             raise UserError("calib: not used with step='prepare', which records what the model is run on; leave one of them out")
+        for name, used in (("checkpoint_dir", self.steps is None or bool(self.steps)), ("running", self.calibrates)):
+            if not used and getattr(self, name) not in (None, USUAL_RUN):
+                raise UserError(f"{name}={getattr(self, name)!r}: has no effect where weights are rounded to nearest; leave it out")
 
-    @property
-    def form(self) -> LinearForm:
-        """What every linear becomes; a number of bits for each is `at(bits).form`."""
-        activations = Int8PerToken(self.official) if self.int8_activations else Float()
-        if self.base_config is not None:
-            return LinearForm(Foreign(self.base_config), activations)
-        if self.format is not None:
-            return LinearForm(self.format, activations, self.dtype)
-        return LinearForm(Affine(self.bits, self.group_size, self.symmetric, self.official), activations, self.dtype)
-
-    @property
-    def compensates(self) -> bool:
-        """What `compensate` comes to: None means yes, unless a base config chooses its own integers."""
-        return self.base_config is None if self.compensate is None else self.compensate
-
-    @property
-    def weighting(self) -> str | None:
-        """What `sensitivity` comes to."""
-        if self.sensitivity != "auto":
-            return self.sensitivity
-        return None if self.compensates else "qig"  # with compensation, scales measured worse than none: benchmarks/results/beyond.md
-
-    def _bits_named(self) -> list[Any]:
-        """Those of linears that are quantized; for "auto" the fewest."""
-        if isinstance(self.bits, dict):
-            return [b for b in self.bits.values() if b != FULL]
-        return [BITS_OF_AUTO if self.bits == "auto" else self.bits]
-
-    def _check_bits(self) -> None:
-        for bits in self._bits_named():
-            check_grid(bits, self.group_size, self.symmetric)
-        _check_count("max_bytes", self.max_bytes, 1, True)
+    def _check_form(self) -> None:
+        check_dtype("dtype", self.dtype)
+        check_count("max_bytes", self.max_bytes, 1, optional=True)
         if self.budget is not None:
-            _check_number("budget", self.budget, 2, FULL)
+            check_number("budget", self.budget, 2, UNQUANTIZED_BITS)
         given = [name for name in ("budget", "max_bytes") if getattr(self, name) is not None]
         if (self.bits == "auto") != (len(given) == 1):
             raise UserError(
                 f"bits={self.bits!r} with {' and '.join(given) or 'no budget'}: bits='auto' takes one of budget= and max_bytes=, other bits neither"
             )
-        if not isinstance(self.bits, int) and self.base_config is not None:
-            raise UserError(f"bits={self.bits!r}: base_config has its own bits; leave one of them out")
-
-    def _check_format(self) -> None:
         if self.format is None:
+            for bits in self._bits_named():
+                check_grid(bits, self.group_size, self.symmetric)
+            if self.int8_activations:
+                check_int8_grid([8] if self.bits == "auto" else self._bits_named(), self.symmetric)
             return
         if not isinstance(self.format, Format):
-            raise UserError(f"format={self.format!r}: pass a Format such as torchao_qig.formats.Affine(bits=3); a torchao config goes into base_config")
-        if self.base_config is not None or not isinstance(self.bits, int):
-            raise UserError(f"format={self.format!r} says how weights are stored; leave {'bits' if self.base_config is None else 'base_config'} out")
-        if self.rounds and not isinstance(self.format, CodedFormat):
-            raise UserError(f"format={self.format!r}: chooses its own integers; pass compensate=False and clip=False")
+            raise UserError(f"format={self.format!r}: pass a format such as torchao_qig.formats.Affine(bits=3), or a torchao config")
+        plain = {f.name: f.default for f in fields(self) if f.name in ("bits", "group_size", "symmetric")}
+        for name in [n for n, default in plain.items() if getattr(self, n) != default]:
+            raise UserError(f"{name}={getattr(self, name)!r}: format={self.format!r} says how weights are stored; leave {name} out")
+        if self.int8_activations and isinstance(self.format, Affine):
+            check_int8_grid([self.format.bits], self.format.symmetric)
+        if isinstance(self.format, Foreign) and self.dtype is not None:
+            raise UserError(f"dtype={self.dtype!r}: has no effect with format={self.format.config!r}; leave it out")
+        if self.int8_activations and isinstance(self.format, Foreign) and not isinstance(self.format.config, INT8_DYNAMIC_CONFIGS):
+            names = " or ".join(c.__name__ for c in INT8_DYNAMIC_CONFIGS)
+            raise UserError(f"format={self.format.config!r}: does not round activations to int8; pass {names}, or use QIGWeightOnlyConfig")
 
-    def at(self, bits: int) -> "QIGWeightOnlyConfig":
-        """The same with so many bits for every weight."""
+    def _bits_named(self) -> list[Any]:
+        """The numbers of bits that quantized linears get; for "auto" the fewest."""
+        if isinstance(self.bits, dict):
+            return [b for b in self.bits.values() if b != UNQUANTIZED_BITS]
+        return [LEAST_BITS_OF_AUTO if self.bits == "auto" else self.bits]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything is chosen by means of calibration data."""
+        return self.steps is None or bool(self.steps) or self.bits == "auto"
+
+    @property
+    def chosen_steps(self) -> "list[Step]":
+        """The steps. Where none are named, they are those of "default"; or of "qig", where the format chooses its codes itself."""
+        if self.steps is not None:
+            return list(self.steps)
+        from torchao_qig.methods.presets import preset
+
+        return preset("default" if isinstance(self._format, CodedFormat) else "qig", self.int8_activations)
+
+    @property
+    def paper_rules(self) -> bool:
+        """Whether the grids of the weights follow the published code (see `Equalize`)."""
+        return any(step.paper_rules for step in self.steps or [])
+
+    @property
+    def activations(self) -> Activations:
+        """What every quantized linear does to its input."""
+        return Int8PerToken(self.paper_rules) if self.int8_activations else Float()
+
+    @property
+    def _format(self) -> Format:
+        if self.format is not None:
+            assert isinstance(self.format, Format)
+            return self.format
+        return Affine(
+            self._bits_named()[0] if not isinstance(self.bits, int) and self._bits_named() else self.bits, self.group_size, self.symmetric, self.paper_rules
+        )
+
+    @property
+    def form(self) -> LinearForm:
+        """What every linear becomes. Where linears have different bits, `with_bits(bits).form` is what one of them becomes."""
+        return LinearForm(self._format, self.activations, self.dtype)
+
+    def with_bits(self, bits: int) -> "QIGWeightOnlyConfig":
+        """The same config with this number of bits for every weight."""
         return replace(self, bits=bits, budget=None, max_bytes=None)
-
-    @property
-    def equalizes(self) -> bool:
-        """Whether calibration chooses scales."""
-        return self.weighting is not None
-
-    @property
-    def smoothing(self) -> float | None:
-        """SmoothQuant's alpha, for its scales instead of a search."""
-        return None
-
-    @property
-    def on_quantized_inputs(self) -> bool:
-        """Whether candidates are tried on the inputs that the model quantized so far has."""
-        return self.propagate_error
-
-    def computes_in(self, device: torch.device) -> torch.dtype:
-        """The dtype of gradients and losses."""
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        if self.quadrature == "riemann" or self.int8_activations:  # bfloat16's steps are as large as int8's
-            return torch.float32
-        fast = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else True
-        return torch.bfloat16 if fast else torch.float32
-
-    @property
-    def rounds(self) -> bool:
-        """Whether calibration chooses the integers, too."""
-        return self.clip or self.compensates
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "QIGWeightOnlyConfig":
-        """The published method as its released code computes it (32 Riemann points, every candidate, clamped zero points,
-        uniform weights for the first five groups, groups that cannot be folded left out)."""
-        search: dict[str, Any] = dict(
-            sensitivity="qig", quadrature="riemann", steps=32, loss="mae", search="exhaustive", warmup_groups=5, compute_dtype=torch.float32
-        )
-        form: dict[str, Any] = dict(official=True, pre_scale=False, clip=False, compensate=False)
-        return cls(**{**search, **form, **kwargs})
+        """The published method as its released code computes it: 32 Riemann points, every candidate tried, and clamped zero points.
 
-    def for_loading(self, pre_scaled: bool) -> "QIGWeightOnlyConfig":
-        """What a loader of the quantized model needs: the recipe without the data."""
-        nothing: dict[str, Any] = dict.fromkeys(RUNTIME)
-        return replace(self, pre_scaled=pre_scaled, **nothing)
+        Groups whose scale cannot be folded are left out. The first five groups get uniform token weights, or with int8 activations none.
+        """
+        made: QIGWeightOnlyConfig = cls(method="qig-paper", **kwargs)
+        return made
+
+    def for_loading(self, pre_scaled: bool) -> Any:
+        """The config that a loader of the quantized model needs: it names the stored form only."""
+        form = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric", "dtype")}
+        if isinstance(self.format, Foreign):
+            form = {name: value for name, value in vars(self.format.config).items() if name in form}
+        return loading_config(self._format, {**form, "int8_activations": self.int8_activations, "pre_scaled": pre_scaled})
 
     def public(self) -> dict[str, Any]:
-        """The fields that say what is computed, as JSON can hold them."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*RUNTIME, "version", "base_config", "format")}
-        base, fmt = (None if form is None else repr(form) for form in (self.base_config, self.format))
-        kept |= {"sensitivity": self.weighting, "compensate": self.compensates}
-        return {**kept, "dtype": None if self.dtype is None else str(self.dtype), "base_config": base, "format": fmt, "int8_activations": self.int8_activations}
+        """The settings that decide the result, as plain data for JSON."""
+        from torchao_qig.methods.plain import plain
+
+        form = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric", "budget", "max_bytes", "modules", "int8_activations")}
+        dtype, fmt = (None if value is None else str(value) for value in (self.dtype, self.format))
+        return {**form, "dtype": dtype, "format": fmt, "steps": [plain(step) for step in self.chosen_steps]}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QIGWeightOnlyConfig":
-        new = object.__new__(type(self))  # shares the loader and the model: a generator cannot be copied
+        new = object.__new__(type(self))  # the copy shares loader and model, since a generator cannot be copied
         new.__dict__.update(self.__dict__)
         return new
 
@@ -285,85 +236,35 @@ class QIGWeightOnlyConfig(OurConfig):
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
 
 
-# torchao's JSON and copies leave out what begins with an underscore: a saved config holds the recipe, not the data.
-RUNTIME = ("calib", "model", "step", "device", "compute_dtype", "micro_batch", "max_host_memory", "checkpoint_dir", "verbose")
+# A saved config says what is computed, not with which data. These settings are kept in attributes that begin with an underscore, since
+# torchao's JSON and copies leave such attributes out.
+RUNTIME = ("calib", "step", "device", "checkpoint_dir", "verbose", "running")
+_DEFAULTS: dict[str, Any] = {"verbose": True, "running": USUAL_RUN}
 
 
-def _hidden(name: str, default: Any) -> Any:
+def _hidden(name: str) -> Any:
+    """A property that keeps its value in the attribute `_name`."""
+    default = _DEFAULTS.get(name)
     return property(lambda self: self.__dict__.get(f"_{name}", default), lambda self, value: self.__dict__.__setitem__(f"_{name}", value))
 
 
 for _name in RUNTIME:
-    setattr(QIGWeightOnlyConfig, _name, _hidden(_name, _name == "verbose" or None))
+    setattr(QIGWeightOnlyConfig, _name, _hidden(_name))
 
 
 @dataclass
 class QIGInt8DynamicActivationConfig(QIGWeightOnlyConfig):
-    """The same with int8 activations, rounded token by token as they come: linears multiply integers.
+    """Like `QIGWeightOnlyConfig`, with int8 activations: linears round their input, token by token, when they run, and multiply integers.
 
-    `quantize_(model, QIGInt8DynamicActivationConfig(bits=4, calib=loader))`. Everything is chosen with rounded activations: `sensitivity="qig"`
-    integrates from the input that the model quantized so far has to the one of full precision, and tries candidates on the former.
+    `quantize_(model, QIGInt8DynamicActivationConfig(bits=4, calib=loader))`. Everything is chosen with rounded activations. `method="qig"` integrates from
+    the input that the model quantized so far has to the full-precision input (8 points, without interpolation), and tries candidates on the former.
 
     Args, beside those of `QIGWeightOnlyConfig`:
-        bits, group_size, symmetric: here 4 bits, one scale per row, a grid centred on zero; 8 bits have to be symmetric.
-        smoothquant: no search, but SmoothQuant's scales with this alpha (0.5): max |x| ** alpha / max |W| ** (1 - alpha).
-        base_config: torchao's Int8DynamicActivationIntxWeightConfig or Int8DynamicActivationInt8WeightConfig.
-        quadrature, steps: "gauss": 8 points, without interpolation.
-        compute_dtype: None: float32.
+        bits, group_size, symmetric: the defaults are 4 bits, one scale per row, and a grid centred on zero; 8 bits have to be symmetric.
+        format: of torchao's configs only Int8DynamicActivationIntxWeightConfig and Int8DynamicActivationInt8WeightConfig.
     """
 
     bits: Any = 4
     group_size: int = -1
     symmetric: bool = True
-    smoothquant: float | None = None
     int8_activations: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.smoothquant is not None:
-            _check_number("smoothquant", self.smoothquant, 0.0, 1.0)
-            if self.sensitivity not in ("auto", None):
-                raise UserError(f"sensitivity={self.sensitivity!r} with smoothquant={self.smoothquant!r}: both choose scales; leave one of them out")
-        super().__post_init__()
-        if self.base_config is not None and not isinstance(self.base_config, INT8_DYNAMIC_CONFIGS):
-            names = " or ".join(c.__name__ for c in INT8_DYNAMIC_CONFIGS)
-            raise UserError(f"base_config={self.base_config!r}: does not round activations to int8; pass {names}, or use QIGWeightOnlyConfig")
-        if not self.symmetric and (self.bits == "auto" or 8 in self._bits_named()) and self.base_config is None:
-            raise UserError(f"bits={self.bits!r}, symmetric=False: integers of 8 bits have to be symmetric beside int8 activations; pass symmetric=True")
-
-    @property
-    def weighting(self) -> str | None:
-        return None if self.smoothquant is not None else super().weighting
-
-    @property
-    def equalizes(self) -> bool:
-        return self.weighting is not None or self.smoothquant is not None
-
-    @property
-    def smoothing(self) -> float | None:
-        return self.smoothquant
-
-    @property
-    def on_quantized_inputs(self) -> bool:
-        return self.propagate_error or self.weighting == "qig"
-
-    @classmethod
-    def paper(cls, **kwargs: Any) -> "QIGInt8DynamicActivationConfig":
-        """The published method as its released code computes it: 32 Riemann points, every candidate, no clipped token weights."""
-        return super().paper(**{"warmup_groups": 0, **kwargs})
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name}={value!r}: pass one of {', '.join(map(repr, choices))}")
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise UserError(f"{name}={value!r}: pass a number of at least {low:g}" + (f" and at most {high:g}" if high < float("inf") else ""))
-
-
-def _check_count(name: str, value: object, least: int, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name}={value!r}: pass an integer of at least {least}{' or None' if optional else ''}")

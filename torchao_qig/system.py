@@ -1,4 +1,7 @@
-"""What the operating system knows and spells differently: the peak memory of this process, and that there is no more. (Locks of directories: `filelock`.)"""
+"""What differs between operating systems: how to read the peak memory of this process, and which errors say that memory has run out.
+
+(Directories are locked with `filelock`.)
+"""
 
 import errno
 import sys
@@ -12,7 +15,7 @@ def peak_host_bytes() -> int:
 
         return int(psutil.Process().memory_info().peak_wset)
     status = Path("/proc/self/status")
-    if status.exists():  # of this process alone: ru_maxrss also counts the one that started it, before it was replaced
+    if status.exists():  # VmHWM is of this program alone; ru_maxrss also counts the process before it was replaced by it
         kib = next((line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
         if kib is not None:
             return int(kib) * 1024
@@ -28,4 +31,4 @@ def out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's allocator for the CPU has no class of its own for it
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's allocator for the CPU raises a plain RuntimeError

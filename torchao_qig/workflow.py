@@ -1,11 +1,11 @@
 """What `torchao.quantize_` does with our configs.
 
 torchao walks the model and hands a handler one module at a time. The first handler of a call does all of the call's work (`quantize_all`): it looks at all
-that torchao will hand over, refuses what is wrong while the model is still whole, calibrates where there is data, and sets every packed weight.
-When torchao comes by with the other modules, `quantize_module` makes sure that they are done.
+modules that torchao will hand over, raises for what is wrong while the model is still unchanged, calibrates where there is data, and sets every packed
+weight. When torchao then hands over the other modules, `quantize_module` checks that they are done.
 
-Two handlers are called outside such a walk, and quantize the one module that they get: by torchao's own algorithms (AWQ, SmoothQuant), which hand over
-a linear that they have scaled, and directly.
+A handler may also be called outside such a walk: by torchao's own algorithms (AWQ, SmoothQuant), which hand over a linear that they have scaled, or
+directly. It then quantizes only the module that it gets.
 """
 
 import logging
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from torchao_qig import _compat
-from torchao_qig.config import PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.config import QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 from torchao_qig.errors import UserError
 from torchao_qig.integrations import transformers
+from torchao_qig.stored_config import PackedIntWeightOnlyConfig
 from torchao_qig.tensor import PackedIntTensor
 
 logger = logging.getLogger(__name__)
@@ -33,14 +34,14 @@ ADVICE = "Pass a group_size that divides them, or -1 for one scale per row."
 @_compat.register_quantize_module_handler(QIGInt8DynamicActivationConfig)
 @_compat.register_quantize_module_handler(QIGWeightOnlyConfig)
 def quantize_module(module: nn.Module, config: Config, *, parameter_name: str = "weight") -> nn.Module:
-    """torchao's handler, for all configs."""
+    """The handler that torchao calls for all of our configs."""
     call = _compat.find_quantize_call()
     ours = call is not None and (call.names_modules or isinstance(call.config, _compat.OurConfig))
     if call is None or not ours:
         return _quantize_one(module, config, parameter_name, call)
-    work: Work | None = call.notes.get("work")
+    work: WholeCall | None = call.notes.get("work")
     if work is None:
-        work = Work(call, module)
+        work = WholeCall(call, module)
         work.quantize_all()
         call.notes["work"] = work
     if (id(module), parameter_name) not in work.assigned:
@@ -53,22 +54,22 @@ def quantize_module(module: nn.Module, config: Config, *, parameter_name: str = 
 
 
 def _quantize_one(module: nn.Module, config: Config, name: str, call: _compat.QuantizeCall | None) -> nn.Module:
-    """Round one parameter, outside a walk of ours."""
+    """Round one parameter for a handler that is called outside our own walk."""
     if isinstance(config, QIGWeightOnlyConfig) and (config.calib is not None or config.step is not None):
         raise RuntimeError(
             "calib: the model cannot be found from a handler that is called directly; use torchao_qig.calibrate(model, loader, config)"
             " and quantize_(model, QIGWeightOnlyConfig(..., calib=calibration)), or step='prepare' and step='convert'"
         )
     obstacle = _obstacle(module, name, config, None)
-    if obstacle is None or obstacle == "misfit":  # nobody has announced a misfit here: packing raises
+    if obstacle is None or obstacle == "misfit":  # a misfit has not been reported here: packing raises an error
         _set(module, name, _rounded(getattr(module, name), config))
-        if call is not None:  # anew every time, since nobody knows which module is the last
+        if call is not None:  # for every module again, since it is not known which one is the last
             transformers.describe(call.model, call.config)
     return module
 
 
 class _Model:
-    """What of a model is asked about for every weight: its modules, and who holds a parameter."""
+    """Lookups that every weight needs: the model's modules, and the modules that hold a parameter."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules: set[int] = set()
@@ -80,16 +81,17 @@ class _Model:
                     self._holders.setdefault(id(parameter), []).append((module, name))
 
     def contains(self, module: nn.Module) -> bool:
+        """Whether this is a module of the model."""
         return id(module) in self._modules
 
     def holders(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-        """The modules that hold this very parameter, with the name that it has there."""
+        """The modules that hold this very parameter, each with the parameter's name in it."""
         return self._holders.get(id(parameter), [])
 
 
 @dataclass
-class Work:
-    """All that one `quantize_` with our configs has to do."""
+class WholeCall:
+    """The work of one `quantize_` call with our configs."""
 
     call: _compat.QuantizeCall
     first: nn.Module
@@ -110,7 +112,7 @@ class Work:
         if rounded:
             self._check(rounded)
         if calibrated:
-            from torchao_qig.calibrate.call import calibrate_all
+            from torchao_qig.calls import calibrate_all
 
             for linear in calibrate_all(self.call, calibrated):
                 _show(linear)
@@ -121,7 +123,7 @@ class Work:
             transformers.describe(self.call.model, self.call.config)
 
     def _check(self, assigned: list[_compat.Assignment]) -> None:
-        """Errors, and one warning for each kind of layer that is left alone."""
+        """Raise for what is wrong, and give one warning for each kind of layer that is left as it is."""
         found: dict[str | None, list[str]] = {}
         for a in assigned:
             _refuse_without_data(a.config)
@@ -136,7 +138,7 @@ class Work:
                 raise UserError(f"{label}: the weight contains NaN or infinity; repair it or leave this layer out with filter_fn. The model is unchanged.")
             found.setdefault(obstacle, []).append(label)
         misfits, tied, others = (", ".join(found.get(kind, [])) for kind in ("misfit", "tied", "not linear"))
-        whole = not isinstance(self.call.model, nn.Linear)  # one linear: somebody walks the model and calls for each
+        whole = not isinstance(self.call.model, nn.Linear)  # a single linear: the caller walks the model itself, and calls `quantize_` for each
         if whole and not found.keys() & {None, "done"} and (misfits or tied or others):
             reason = (
                 f"group_size divides the input features of none of: {misfits}. {ADVICE}" if misfits
@@ -152,11 +154,7 @@ class Work:
             warnings.warn(f"already quantized, left as they are: {', '.join(found['done'])}", stacklevel=_compat.stacklevel())
         if tied:
             logger.info("left unquantized, weight shared with another module: %s", tied)
-        if (
-            whole
-            and len(found.get(None, [])) > 1
-            and any(isinstance(a.config, QIGWeightOnlyConfig) and (a.config.equalizes or a.config.rounds) for a in assigned)
-        ):
+        if whole and len(found.get(None, [])) > 1 and any(isinstance(a.config, QIGWeightOnlyConfig) and a.config.calibrates for a in assigned):
             warnings.warn("calib=None: weights are rounded to nearest, without calibration; pass calib= to calibrate", stacklevel=_compat.stacklevel())
 
     def _round(self, a: _compat.Assignment) -> None:
@@ -172,8 +170,12 @@ def _is_plain_float(weight: object) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()  # type: ignore[attr-defined]
 
 
-def _obstacle(module: nn.Module, name: str, config: Config, work: Work | None) -> str | None:
-    """Why this parameter stays as it is: 'no matrix', 'done', 'not linear', 'tied', 'misfit'; or None."""
+def _obstacle(module: nn.Module, name: str, config: Config, work: WholeCall | None) -> str | None:
+    """Why a parameter stays as it is; None if it can be quantized.
+
+    "no matrix": it has fewer than 2 dimensions. "done": it is quantized already. "not linear": its module is no nn.Linear.
+    "tied": a module that is not quantized shares it. "misfit": the format cannot store its shape.
+    """
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return "no matrix"
@@ -196,7 +198,7 @@ def _set(module: nn.Module, name: str, packed: Tensor | nn.Parameter) -> None:
 
 
 def _show(linear: nn.Linear) -> None:
-    """The linear's repr says how its weight is stored."""
+    """Make the linear's repr say how its weight is stored."""
     linear.extra_repr = partial(_extra_repr, linear)  # a bound method, torchao's way, would not survive pickling
 
 
@@ -205,15 +207,16 @@ def _extra_repr(linear: nn.Linear) -> str:
 
 
 def _rounded(weight: Tensor, config: Config) -> nn.Parameter:
-    """The packed form of a weight, rounded to nearest. Loaders need this without calibration being imported."""
+    """The packed form of a weight, rounded to nearest. Loaders use it, so it imports nothing of calibration."""
     _refuse_without_data(config)
     weight = weight.detach()
     packed: Any = config.form.stored(weight, weight.dtype)
-    if isinstance(config, QIGWeightOnlyConfig) and config.pre_scaled:
+    if isinstance(config, PackedIntWeightOnlyConfig) and config.pre_scaled:
         packed.act_pre_scale = torch.ones(weight.shape[-1], dtype=weight.dtype, device=weight.device)
     return nn.Parameter(packed, requires_grad=False)
 
 
 def _refuse_without_data(config: Config) -> None:
+    """Raise for bits that only a calibration can give."""
     if not isinstance(config.bits, int):
         raise UserError(f"bits={config.bits!r} needs calib=: the bits of each linear come from calibration")

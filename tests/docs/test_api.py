@@ -16,11 +16,13 @@ import pytest
 import torchao_qig
 from tests.docs.pages import DOCS, ROOT
 from torchao_qig.config import RUNTIME
+from torchao_qig.methods.presets import PRESETS, preset
 
 PAGE = (DOCS / "api.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^### `([\w.]+)(\(.*\))?`$", PAGE, re.MULTILINE)
-CONFIGS = ("QIGWeightOnlyConfig", "QIGInt8DynamicActivationConfig", "PackedIntWeightOnlyConfig")
-OWN = {"QIGInt8DynamicActivationConfig": ("bits", "group_size", "symmetric", "smoothquant")}  # beside those of the config that it extends
+CONFIGS = ("QIGWeightOnlyConfig", "QIGInt8DynamicActivationConfig", "PackedIntWeightOnlyConfig", "Running")
+STEPS = ("Equalize", "Smooth", "Compensate", "Clip", "QIG", "Modality", "Uniform")
+OWN = {"QIGInt8DynamicActivationConfig": ("bits", "group_size", "symmetric")}  # beside those of the config that it extends
 FIGURES = [page for page in sorted(DOCS.glob("*.md")) if page.name not in ("LOG.md", "paper.md", "small_lvlm.md")] + [ROOT / "README.md"]
 
 
@@ -61,7 +63,7 @@ def test_signatures(name: str, told: str) -> None:
         assert told == signature(node)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS + STEPS)
 def test_fields_and_defaults(name: str) -> None:
     section = PAGE.split(f"### `torchao_qig.{name}`")[1].split("\n### ")[0]
     told = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", section, re.MULTILINE))
@@ -70,7 +72,45 @@ def test_fields_and_defaults(name: str) -> None:
     names = OWN.get(name, [f.name for f in fields(config) if f.name not in ("version", *RUNTIME)]) + type(OWN.get(name, []))(runtime)
 
     assert list(told) == list(names)
-    assert {k: ast.literal_eval(v) for k, v in told.items()} == {k: getattr(config, k) for k in names}
+    defaults = {k: torchao_qig.Running() if v == "Running()" else ast.literal_eval(v) for k, v in told.items()}
+    assert defaults == {k: getattr(config, k) for k in names}
+
+
+def built(written: ast.expr) -> Any:
+    """What an expression of steps stands for."""
+    if isinstance(written, ast.List):
+        return [built(one) for one in written.elts]
+    if isinstance(written, ast.Call) and isinstance(written.func, ast.Name):
+        return getattr(torchao_qig, written.func.id)(*map(built, written.args), **{k.arg: built(k.value) for k in written.keywords if k.arg})
+    return ast.literal_eval(written)
+
+
+def test_methods_are_those_of_the_presets() -> None:
+    """Every method by name, with the steps that it is."""
+    page = (DOCS / "settings.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([\w+-]+)` \| `(\[.*?\])` \|", page, re.MULTILINE))
+
+    assert list(told) == list(PRESETS)
+    for name, steps in told.items():
+        assert built(ast.parse(steps, mode="eval").body) == preset(name), name
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_settings_of_steps(name: str) -> None:
+    """The page about choosing has the same defaults as the code."""
+    page = (DOCS / "settings.md").read_text(encoding="utf-8")
+    made = getattr(torchao_qig, name)()
+    if f"### {name}\n" in page:
+        section = page.split(f"### {name}\n")[1].split("\n### ")[0]
+        told: dict[str, str] = {}
+        for keys, values in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ((?:`.*?`(?:, )?)+) \|", section, re.MULTILINE):
+            told |= dict(zip(re.findall(r"`(\w+)`", keys), re.findall(r"`(.*?)`", values), strict=True))
+        assert {k: ast.literal_eval(v) for k, v in told.items()} == {f.name: getattr(made, f.name) for f in fields(made)}
+    else:  # token weights share a table
+        section = page.split("### Token weights\n")[1].split("\n## ")[0]
+        assert f'| `{name}` | `"{made.name}"` |' in section
+        for f in fields(made):
+            assert re.search(rf"\| `{f.name}` \| `{re.escape(repr(getattr(made, f.name))).replace(chr(39), '.')}` \|", section), f.name
 
 
 @pytest.mark.parametrize("page", FIGURES, ids=lambda p: p.name)

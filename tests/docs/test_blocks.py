@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 
 import tests.tiny_dirs
 from tests.docs.pages import DOCS, PRINTS, ROOT, Block, blocks, commands, pages
-from torchao_qig.cli import app
 from torchao_qig.lvlm import recipe
 from torchao_qig.lvlm.data import Batches, calibration_batches
 from torchao_qig.lvlm.load import load_model, load_processor
 from torchao_qig.lvlm.samples import read_samples
+from torchao_qig_cli import app
 
 LANGUAGES = {"python", "bash", "yaml", "json", "jsonl", "text"}
 RUN = ("python", "bash")

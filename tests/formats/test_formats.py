@@ -94,5 +94,5 @@ def test_configs_say_what_linears_become() -> None:
     """The description is what calibrations and checkpoints have always held."""
     assert QIGWeightOnlyConfig(bits=2, group_size=64).form.describe() == [2, 64, False]
     assert QIGInt8DynamicActivationConfig().form.describe() == [4, -1, True, "int8 activations"]
-    assert QIGWeightOnlyConfig(base_config=Int8WeightOnlyConfig()).form.describe() == [repr(Int8WeightOnlyConfig())]
+    assert QIGWeightOnlyConfig(format=Int8WeightOnlyConfig()).form.describe() == [repr(Int8WeightOnlyConfig())]
     assert QIGWeightOnlyConfig(bits=3).form == LinearForm(Affine(3, 128), Float(), None)

@@ -18,23 +18,31 @@ from typer.testing import CliRunner
 import torchao_qig.lvlm.bench
 import torchao_qig.lvlm.evaluate
 import torchao_qig.lvlm.quantize
-from torchao_qig.cli import app
 from torchao_qig.errors import UserError
 from torchao_qig.lvlm import command
 from torchao_qig.lvlm.recipe import Recipe, keys, recipe
+from torchao_qig.methods.presets import PRESETS
+from torchao_qig_cli import app
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")) | st.just("\n"), min_size=1, max_size=8)
 PLACES = st.sampled_from(["model", "-model", "--", "a b/'c'", "$HOME", "own/er", "ä\n#", "3", "null", "a: b"]) | TEXT
+SENSITIVITIES = st.sampled_from(["qig", "modality", "uniform", {"modality": {"ratio": {"visual": 1e-5, "b": 2.0}}}, {"qig": {"points": 2}}])
+EQUALIZE = st.fixed_dictionaries({}, optional={
+    "sensitivity": SENSITIVITIES, "loss": st.sampled_from(["mae", "mse"]), "grid": st.integers(1, 40), "fold": st.booleans(), "pre_scale": st.booleans(),
+})  # fmt: skip
+COMPENSATE = st.fixed_dictionaries({}, optional={"damping": st.floats(0, 1), "repair": st.floats(0, 1), "clip": st.booleans()})
+STEPS = st.tuples(EQUALIZE.map(lambda own: [{"equalize": own}]), st.just([]) | COMPENSATE.map(lambda own: [{"compensate": own}])).map(
+    lambda two: two[0] + two[1]
+)
+STEPS |= st.sampled_from([[], ["compensate"], [{"smooth": {"alpha": 0.25}}, "clip"]])
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "bits": st.integers(1, 8) | st.just({"a.b": 3, "c: d": 16}), "group_size": st.sampled_from([-1, 16, 64, 128]), "symmetric": st.booleans(),
     "images": PLACES, "split": PLACES, "revision": PLACES, "prompt": PLACES, "samples": st.integers(1, 999), "seed": st.integers(-3, 9),
     "few_shot": st.integers(0, 3), "interleaved": st.integers(1, 3), "tokens": st.integers(1, 9000), "max_length": st.none() | st.integers(1, 99),
     "dtype": st.sampled_from(["auto", "bfloat16"]), "device": st.sampled_from([None, "cpu"]), "int8_activations": st.booleans(),
-    "explain": st.integers(0, 9), "max_kl": st.floats(0, allow_nan=False), "modules": st.none() | st.lists(PLACES, max_size=3), "fold": st.booleans(),
-    "pre_scale": st.booleans(), "sensitivity": st.sampled_from(["auto", "qig", "modality", "uniform", None]), "loss": st.sampled_from(["mae", "mse"]),
-    "grid": st.integers(1, 40), "steps": st.none() | st.integers(1, 40), "modality_ratio": st.none() | st.floats(0, 9) | st.just({"visual": 1e-5, "b": 2.0}),
-    "clip": st.booleans(), "compensate": st.sampled_from([None, True, False]), "damping": st.floats(0, 1), "repair": st.floats(0, 1),
-    "smoothquant": st.none() | st.floats(0, 1), "compute_dtype": st.sampled_from([None, "float32"]), "max_host_memory": st.none() | st.integers(0, 2**40),
+    "explain": st.integers(0, 9), "max_kl": st.floats(0, allow_nan=False), "modules": st.none() | st.lists(PLACES, max_size=3),
+    "method": st.none() | st.sampled_from(sorted(PRESETS)), "steps": st.none() | STEPS,
+    "compute_dtype": st.sampled_from([None, "float32"]), "max_host_memory": st.none() | st.integers(0, 2**40),
 }  # fmt: skip
 
 
@@ -68,17 +76,20 @@ def test_quantize_again(wanted: Recipe) -> None:
     with pytest.MonkeyPatch.context() as patched:
         args, _ = heard(patched, torchao_qig.lvlm.quantize, line)
     assert command.meaning(args[0]) == command.meaning(wanted)
-    again = {f.name: getattr(args[0], f.name) for f in fields(Recipe) if f.name != "settings"}
+    again = {f.name: getattr(args[0], f.name) for f in fields(Recipe) if f.name not in ("settings", "method", "steps")}  # whose meaning is compared above
     assert again == {name: getattr(wanted, name) for name in again}
     assert args[0].config().public() == wanted.config().public()
 
 
 def test_quantize_in_words() -> None:
-    given = {"model": "m", "output": "out dir", "calib": "c.jsonl", "bits": 3, "damping": 1e-5, "compensate": True, "sensitivity": None, "samples": 128}
-    expected = "torchao-qig quantize m --output 'out dir' --calib c.jsonl --bits 3 --set damping=1.0e-05"
+    given = {"model": "m", "output": "out dir", "calib": "c.jsonl", "bits": 3, "samples": 128}
+    expected = "torchao-qig quantize m --output 'out dir' --calib c.jsonl --bits 3"
     assert command.quantizing(recipe(given)) == expected
-    uncompensated = "--set sensitivity=null --set compensate=false"
-    assert command.quantizing(recipe(given | {"compensate": False})) == expected.replace("--set damping", f"{uncompensated} --set damping")
+    assert command.quantizing(recipe(given | {"method": "default"})) == expected
+    assert command.quantizing(recipe(given | {"steps": ["compensate"]})) == expected
+    assert command.quantizing(recipe(given | {"method": "awq"})) == f"{expected} --method awq"
+    damped = "[{compensate: {sensitivity: null, damping: 1.0e-05, repair: 1.0, sweeps: 2, clip: false}}]"
+    assert command.quantizing(recipe(given | {"steps": [{"compensate": {"damping": 1e-5}}]})) == f"{expected} --set 'steps={damped}'"
     auto = {"model": "m", "output": "o", "calib": "c", "bits": "auto", "budget": 4, "modules": ["a", "b c"], "int8_activations": True}
     assert command.quantizing(recipe(auto)) == (
         "torchao-qig quantize m --output o --calib c --modules a --modules 'b c' --int8-activations --set bits=auto --set budget=4"
@@ -109,7 +120,7 @@ def plain(value: Any) -> Any:
 def test_evaluate_again(model: str, asked: dict[str, Any]) -> None:
     run = torchao_qig.lvlm.evaluate.run
     signature = inspect.signature(run)
-    line = command.called("evaluate", run, model, asked)
+    line = command.command_line("evaluate", run, model, asked)
     with pytest.MonkeyPatch.context() as patched:
         args, kwargs = heard(patched, torchao_qig.lvlm.evaluate, line)
     found, expected = signature.bind(*args, **kwargs), signature.bind(model, **asked)
@@ -122,7 +133,7 @@ def test_evaluate_again(model: str, asked: dict[str, Any]) -> None:
 @given(model=PLACES | PLACES.map(Path), asked=parts(MEASURED))
 def test_bench_again(model: str | Path, asked: dict[str, Any]) -> None:
     signature = inspect.signature(torchao_qig.lvlm.bench.bench)
-    line = command.called("bench", torchao_qig.lvlm.bench.bench, model, asked)
+    line = command.command_line("bench", torchao_qig.lvlm.bench.bench, model, asked)
     with pytest.MonkeyPatch.context() as patched:
         args, kwargs = heard(patched, torchao_qig.lvlm.bench, line)
     found, expected = signature.bind(*args, **kwargs), signature.bind(model, **asked)
@@ -135,5 +146,5 @@ def test_bench_again(model: str | Path, asked: dict[str, Any]) -> None:
 def test_who_called_does_not_matter(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     assert command.quantizing(recipe({"model": "m", "output": "o", "calib": "c"})) == "torchao-qig quantize m --output o --calib c --bits 3"
-    assert command.called("evaluate", torchao_qig.lvlm.evaluate.run, "m", {"data": "d", "seed": 0}) == "torchao-qig evaluate m --data d"
-    assert command.called("bench", torchao_qig.lvlm.bench.bench, Path("m"), {"compiled": False}) == "torchao-qig bench m --no-compile"
+    assert command.command_line("evaluate", torchao_qig.lvlm.evaluate.run, "m", {"data": "d", "seed": 0}) == "torchao-qig evaluate m --data d"
+    assert command.command_line("bench", torchao_qig.lvlm.bench.bench, Path("m"), {"compiled": False}) == "torchao-qig bench m --no-compile"

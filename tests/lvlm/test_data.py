@@ -16,12 +16,12 @@ from PIL import Image
 
 import torchao_qig
 from tests import tiny_dirs, tiny_models
-from torchao_qig.calibrate.batches import read
 from torchao_qig.lvlm.chat import Chat
 from torchao_qig.lvlm.data import IGNORED, WASTE, Batches, calibration_batches, packed
 from torchao_qig.lvlm.load import load_model, load_processor
 from torchao_qig.lvlm.mixes import few_shot, interleaved
 from torchao_qig.lvlm.samples import Sample, Samples, read_samples
+from torchao_qig.watch.batches import read
 
 BAR = "\u00a6"  # between labels, where tokens have none
 SIZES = [(30, 20), (60, 28), (28, 60), (56, 56), (90, 40), (28, 28)]
@@ -134,8 +134,8 @@ def test_calibrate(captions: Samples, tmp_path: Path) -> None:
     model, processor = load_model(str(tiny_dirs.directory("llava_onevision", tmp_path))), load_processor(str(tmp_path))
     batches = calibration_batches(captions, processor, tokens=320)
     assert max(map(len, batches.rows)) > 1
-    for sensitivity in (None, "modality"):
-        config = torchao_qig.QIGWeightOnlyConfig(bits=3, group_size=64, sensitivity=sensitivity, verbose=False)
+    for method in ("default", "gptq-modality"):
+        config = torchao_qig.QIGWeightOnlyConfig(bits=3, group_size=64, method=method, verbose=False)
         first, second = (torchao_qig.calibrate(model, batches, config) for _ in range(2))
         assert first.summary().rsplit("samples,", 1)[0] == second.summary().rsplit("samples,", 1)[0]  # without time and memory
         assert "layers.1.mlp.down_proj" in " ".join(first.grids)

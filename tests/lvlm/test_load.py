@@ -105,8 +105,7 @@ def say_of(name: str, **changes: Any) -> Callable[[dict[str, Any]], object]:
 
 def float_activations(config: dict[str, Any]) -> None:
     described = config["quantization_config"]["quant_type"]["default"]
-    described["_type"] = "QIGWeightOnlyConfig"
-    del described["_data"]["smoothquant"]
+    described["_data"]["int8_activations"] = False
 
 
 def unnamed(path: Path) -> None:

@@ -19,7 +19,7 @@ from torchao_qig.errors import UserError, UserFileError
 from torchao_qig.lvlm.messages import as_messages
 from torchao_qig.lvlm.mixes import few_shot, interleaved
 from torchao_qig.lvlm.pictures import BadRow, located, opened
-from torchao_qig.lvlm.samples import PROMPT, Sample, Samples, called, read_samples, shortened
+from torchao_qig.lvlm.samples import PROMPT, Sample, Samples, naming_argument, read_samples, shortened
 
 CAPTIONS = ["A dog on grass.", "Two cats asleep.", "A red bus.\nIt stands."]
 FILES = ["dog.png", "sub/cats.png", "bus.png"]
@@ -423,7 +423,7 @@ def test_details_are_short(text: str, more: int) -> None:
 @pytest.mark.parametrize("kind", [UserError, UserFileError])
 def test_errors_speak_of_the_argument(kind: type[UserError]) -> None:
     error = kind("path='x': no path=y", "path")
-    with pytest.raises(kind) as caught, called("calib"):
+    with pytest.raises(kind) as caught, naming_argument("calib"):
         raise error
     assert type(caught.value) is kind
     assert str(caught.value) == "calib='x': no path=y"
@@ -440,7 +440,7 @@ OTHERS = [
 @pytest.mark.parametrize("error", OTHERS)
 def test_other_errors_pass(error: Exception) -> None:
     """What their text says counts for nothing."""
-    with pytest.raises(type(error)) as caught, called("calib"):
+    with pytest.raises(type(error)) as caught, naming_argument("calib"):
         raise error
     assert caught.value is error
 

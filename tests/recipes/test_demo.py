@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import recipes.demo
 from tests.untrained import small
-from torchao_qig.cli import app
+from torchao_qig_cli import app
 
 
 @pytest.fixture(autouse=True)

@@ -28,11 +28,11 @@ from typer.testing import CliRunner
 import torchao_qig
 from recipes import sizes
 from tests.tiny_dirs import directory
-from torchao_qig import Calibration, PackedIntTensor, PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
-from torchao_qig.calibrate import estimate
-from torchao_qig.cli import app
+from torchao_qig import Calibration, Compensate, Equalize, PackedIntTensor, PackedIntWeightOnlyConfig, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.calibration import estimate
 from torchao_qig.lvlm.load import load_model, load_processor, shape_of
 from torchao_qig.lvlm.recipe import read, recipe
+from torchao_qig_cli import app
 
 RECIPES = Path(sizes.__file__).parent
 FOLDER = {
@@ -138,8 +138,7 @@ def test_the_recipe_that_was_written_gives_the_same_integers(samples: Path, tmp_
 
 def test_the_paper_on_a_tiny_model(samples: Path, tmp_path: Path) -> None:
     before = directory("llava_onevision", tmp_path / "model")
-    more = ["--set", "group_size=64", "--set", "grid=3", "--set", "steps=2"]
-    model = quantized("llava_onevision", "w3a16_paper", before, samples, tmp_path / "out", *more)
+    model = quantized("llava_onevision", "w3a16_paper", before, samples, tmp_path / "out", "--set", "group_size=64")
     assert len(packed(model)) == 14
 
 
@@ -155,13 +154,12 @@ def test_settings(folder: str) -> None:
     assert (w3.group_size, w3.symmetric) == (128, False)
     assert type(w4) is QIGInt8DynamicActivationConfig
     assert (w4.group_size, w4.symmetric) == (-1, True)
-    assert w3.compensate
-    assert w4.compensate
+    assert w3.steps == w4.steps == [Compensate()]
     for name, expected in (("w3a16_paper", QIGWeightOnlyConfig.paper()), ("w4a8_paper", QIGInt8DynamicActivationConfig.paper())):
         config = made[name].config()
         assert type(config) is type(expected)
         assert {f.name: getattr(config, f.name) for f in fields(config)} == {f.name: getattr(expected, f.name) for f in fields(expected)}
-        assert not config.compensates
+        assert [type(step) for step in config.chosen_steps] == [Equalize]
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.tiny_dirs import PROCESSORS, directory
-from torchao_qig.cli import app
 from torchao_qig.lvlm.load import load_model, load_processor
+from torchao_qig_cli import app
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not here: pip install --no-deps -r recipes/requirements-eval.txt")
 
@@ -108,7 +108,7 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             samples.append({"image": f"{i}.png", "caption": f"{i} things"})
     (root / "coco.jsonl").write_text("\n".join(map(json.dumps, samples)))
     config = RECIPES / FAMILIES[request.param] / "w3a16.yaml"
-    settings = ["--samples", 4, "--set", "group_size=64", "--set", "explain=0", "--set", "sweeps=0"]
+    settings = ["--samples", 4, "--set", "group_size=64", "--set", "explain=0", "--set", "steps=[{compensate: {sweeps: 0}}]"]
     done = run("quantize", root / "model", "--config", config, "--calib", root / "coco.jsonl", "--images", root, "--output", root / "out", *settings)
     assert done.exit_code == 0, done.output
     return root / "out"

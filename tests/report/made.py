@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.tiny_dirs import directory
 from tests.tiny_models import IMAGE
-from torchao_qig import QIGWeightOnlyConfig, calibrate
+from torchao_qig import Equalize, QIGWeightOnlyConfig, calibrate
 from torchao_qig.lvlm.load import load_model, load_processor
 
 SIZES = [(56, 28), (28, 28), (33, 80)]
@@ -51,7 +51,7 @@ def quantized_directory(path: Path) -> Path:
     folder = path / "qig"
     (folder / "samples").mkdir(parents=True)
     calibrate(model, batches, QIGWeightOnlyConfig(bits=3, group_size=64, verbose=False)).save(folder / "calibration")
-    tokens = QIGWeightOnlyConfig(bits=3, group_size=64, sensitivity="qig", grid=1, compensate=False, verbose=False)
+    tokens = QIGWeightOnlyConfig(bits=3, group_size=64, steps=[Equalize("qig", grid=1)], verbose=False)
     calibrate(model, batches, tokens).save(folder / "sensitivity")
     samples = []
     for i, (picture, batch) in enumerate(zip(pictures, batches, strict=True)):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from torchao_qig import Calibration
-from torchao_qig.calibrate.result import MODALITIES
+from torchao_qig.methods.per_sample import MODALITIES
 from torchao_qig.report import colours
 
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)

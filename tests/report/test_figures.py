@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny_models
-from torchao_qig import Calibration, QIGWeightOnlyConfig, calibrate, report
+from torchao_qig import Calibration, Equalize, QIGWeightOnlyConfig, calibrate, report
 from torchao_qig.report import colours, tables
 from torchao_qig.report.names import Place, place, rows
 from torchao_qig.report.weights import by_modality, views
@@ -25,7 +25,7 @@ ATTENTION = "model.language_model.layers.1.self_attn"
 def scaled() -> Calibration:
     """Scales searched, bits mixed by hand."""
     model, batch = tiny_models.qwen2()
-    found = calibrate(model, [batch], QIGWeightOnlyConfig(bits=4, group_size=64, sensitivity="qig", grid=4, compensate=False, verbose=False))
+    found = calibrate(model, [batch], QIGWeightOnlyConfig(bits=4, group_size=64, steps=[Equalize("qig", grid=4)], verbose=False))
     found.grids["model.layers.1.mlp.down_proj"][0] = 8
     return found
 

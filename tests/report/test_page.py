@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests.report.made import SIZES, write_json
 from torchao_qig import Calibration, report
-from torchao_qig.calibrate.result import MODALITIES
+from torchao_qig.methods.per_sample import MODALITIES
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 PARTS = {

@@ -101,7 +101,7 @@ def test_widened_rule_is_the_official_one_where_a_group_has_both_signs(case: Cas
     w, (bits, group, _) = case
     grouped = w.unflatten(-1, (-1, w.shape[1] if group == -1 else group))
     both = (grouped.amin(-1) < 0) & (grouped.amax(-1) > 0) & (grouped.amax(-1) - grouped.amin(-1) > 1e-5)
-    ours, official = (affine.choose_qparams(w, bits, group, official=rule) for rule in (False, True))
+    ours, official = (affine.choose_qparams(w, bits, group, paper_rules=rule) for rule in (False, True))
     assert torch.equal(ours[0][both], official[0][both])
     assert torch.equal(ours[1][both], official[1][both])
 
@@ -111,7 +111,7 @@ def test_official_rule_is_the_specification(case: Case) -> None:
     """Bit for bit the plain-line oracle, clamped zero point included."""
     w, (bits, group, symmetric) = case
     rule = oracle.official_symmetric if symmetric else oracle.official_asymmetric
-    assert torch.equal(affine.fake_quantize(w, bits, group, symmetric, official=True), rule(w, bits, group))
+    assert torch.equal(affine.fake_quantize(w, bits, group, symmetric, paper_rules=True), rule(w, bits, group))
 
 
 @pytest.mark.parametrize("name", [n for n in UNIT_NAMES if "per_tensor" not in n])
@@ -119,7 +119,7 @@ def test_golden_units(name: str) -> None:
     """The recorded outputs of the official quantizers, exactly."""
     _, weight, bits, group, kind = name.split(".")
     w = UNITS[weight]
-    back = affine.fake_quantize(w, int(bits[1:]), int(group[1:]), symmetric=kind == "sym", official=True)
+    back = affine.fake_quantize(w, int(bits[1:]), int(group[1:]), symmetric=kind == "sym", paper_rules=True)
     assert torch.equal(back, UNITS[name])
 
 
@@ -131,7 +131,7 @@ def test_golden_units_are_there() -> None:
 def test_one_sign_group_is_kept_where_the_official_rule_loses_it() -> None:
     """The reason for widening: 1.0 .. 1.1 comes back as 0.1 under the official rule."""
     w = torch.linspace(1.0, 1.1, 32)[None]
-    assert affine.fake_quantize(w, 3, 32, official=True).max() < 0.2
+    assert affine.fake_quantize(w, 3, 32, paper_rules=True).max() < 0.2
     assert (affine.fake_quantize(w, 3, 32) - w).abs().max() < 0.1
 
 

@@ -163,9 +163,9 @@ def test_units_of_the_official_layer() -> None:
     u = load_file("tests/golden/units.safetensors")
     for bits in (4, 8):
         name = f"wal.w{bits}a8"
-        w = PackedIntTensor.from_hp(u["wal.weight"], bits, -1, symmetric=True, official=True, int8_activations=True)
+        w = PackedIntTensor.from_hp(u["wal.weight"], bits, -1, symmetric=True, paper_rules=True, int8_activations=True)
         torch.testing.assert_close(w.dequantize(), u[f"{name}.qweight"], rtol=2e-7, atol=0)
-        torch.testing.assert_close(affine.fake_quantize_rows(u["wal.x"], official=True), u[f"{name}.qx"], rtol=2e-7, atol=0)
+        torch.testing.assert_close(affine.fake_quantize_rows(u["wal.x"], paper_rules=True), u[f"{name}.qx"], rtol=2e-7, atol=0)
         torch.testing.assert_close(F.linear(u["wal.x"], w, u["wal.bias"]), u[f"{name}.y"], rtol=2e-5, atol=2e-5)
 
 

@@ -1,4 +1,4 @@
-"""What a quantized linear does to its input before it multiplies."""
+"""How a quantized linear rounds its input before it multiplies."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchao_qig.tensor import PackedIntTensor, affine
 
-INT8 = "int8 activations"  # in what describes a linear or its weight
+INT8 = "int8 activations"  # marks the description of a linear or of its weight
 
 
 class Activations(ABC):
@@ -18,15 +18,15 @@ class Activations(ABC):
 
     @abstractmethod
     def describe(self) -> list[Any]:
-        """As JSON."""
+        """The settings, as JSON can hold them."""
 
     @abstractmethod
     def fake(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The input as the product sees it, in its own dtype. With `scale` (K,) it is divided by that, rounded, and multiplied again."""
+        """The input as the product sees it: rounded, in its own dtype. With `scale` (K,) it is divided by that, rounded, and multiplied by it again."""
 
     @abstractmethod
     def marked(self, weight: Tensor) -> Tensor:
-        """A packed weight that knows that its linear does so."""
+        """The packed weight, marked so that its linear rounds its input in this way."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class Float(Activations):
 
 @dataclass(frozen=True)
 class Int8PerToken(Activations):
-    """Every token is rounded to int8 with a scale of its own, so that linears multiply integers. `official`: with the published code's floor."""
+    """Every token is rounded to int8 with a scale of its own, so that linears multiply integers. `paper_rules`: the smallest scale is the published one."""
 
-    official: bool = False
+    paper_rules: bool = False
 
     def describe(self) -> list[Any]:
         return [INT8]
 
     def fake(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return affine.fake_quantize_rows(x, scale, self.official)
+        return affine.fake_quantize_rows(x, scale, self.paper_rules)
 
     def marked(self, weight: Tensor) -> Tensor:
-        if isinstance(weight, PackedIntTensor) and weight.dim() == 2:  # stacks of experts are multiplied by other products
+        if isinstance(weight, PackedIntTensor) and weight.dim() == 2:  # not stacks of experts, which other products multiply
             weight.check_integers()
             weight.int8_activations = True
-        return weight  # torchao's own tensors know it already
+        return weight  # torchao's own tensors need no mark

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchao_qig.formats.base import CodedFormat, Params, row_errors
 from torchao_qig.tensor import PackedIntTensor, affine
 
+UNQUANTIZED_BITS = 16  # stands for a weight that is not quantized
 SHRINKS = tuple(1 - i / 20 for i in range(11))  # parts of a group's range that are tried; 1 first: ties keep the whole range
 
 
@@ -24,13 +25,13 @@ class Affine(CodedFormat):
         bits: 1 to 8.
         group_size: weights per scale along the input features: a multiple of 16, or -1 for one scale per row.
         symmetric: a grid centred on zero instead of one that spans each group's range.
-        official: the published QIG code's rule, with its clamped zero point.
+        paper_rules: the published QIG code's rule, with its clamped zero point.
     """
 
     bits: int = 3
     group_size: int = 128
     symmetric: bool = False
-    official: bool = False
+    paper_rules: bool = False
 
     def describe(self) -> list[Any]:
         return [self.bits, self.group_size, self.symmetric]
@@ -43,16 +44,16 @@ class Affine(CodedFormat):
         return rows * columns * self.bits // 8 + rows * groups * (dtype.itemsize + 1)
 
     def rounded(self, weight: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-        return affine.fake_quantize(weight, self.bits, self.group_size, self.symmetric, self.official, dtype, scale)
+        return affine.fake_quantize(weight, self.bits, self.group_size, self.symmetric, self.paper_rules, dtype, scale)
 
     def stored(self, weight: Tensor, dtype: torch.dtype) -> PackedIntTensor:
-        return PackedIntTensor.from_hp(weight, self.bits, self.group_size, self.symmetric, dtype, self.official)
+        return PackedIntTensor.from_hp(weight, self.bits, self.group_size, self.symmetric, dtype, self.paper_rules)
 
     def fit(self, weight: Tensor, dtype: torch.dtype, gram: Tensor | None = None) -> Params:
-        """Grids that span each group's range; with `gram` the part of the range, of `SHRINKS`, whose rounding has the smallest error."""
+        """Grids that span each group's range. With `gram` a grid spans the part of the range, out of `SHRINKS`, that gives the smallest error."""
 
         def grid(shrink: float) -> Params:
-            return affine.choose_qparams(weight, self.bits, self.group_size, self.symmetric, self.official, dtype, shrink)
+            return affine.choose_qparams(weight, self.bits, self.group_size, self.symmetric, self.paper_rules, dtype, shrink)
 
         def loss(params: Params, gram: Tensor) -> Tensor:
             values = self.nearest(weight, self.spread(params, weight.shape[1], weight.dtype))[1]
@@ -80,7 +81,7 @@ class Affine(CodedFormat):
         return codes, torch.sub(codes, zero).mul_(scale)
 
     def refit(self, weight: Tensor, codes: Tensor, params: Params, gram: Tensor) -> Params:
-        """Group after group the scale that fits the codes best, where that is better; zero points stay."""
+        """Fit the scales to the codes, one group after another; a scale changes only where that lowers the error. Zero points stay."""
         scale, zero = params
         width = affine.group_width(weight.shape[1], self.group_size)
         wide_scale, wide_zero = self.spread(params, weight.shape[1], weight.dtype)
@@ -109,7 +110,7 @@ class Affine(CodedFormat):
 
 
 def group_errors(difference: Tensor, gram: Tensor, group_size: int) -> Tensor:
-    """(N, G): the same for every group alone, the others being exact."""
+    """(N, G): the squared error of every row's outputs if only one group were rounded, for each group."""
     columns = difference.shape[1]
     width = affine.group_width(columns, group_size)
     parts = zip(difference.split(width, 1), range(0, columns, width), strict=True)

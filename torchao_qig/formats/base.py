@@ -36,12 +36,12 @@ class Format(ABC):
         """The settings as JSON. Two formats that describe themselves alike store the same."""
 
     def misfit(self, rows: int, columns: int) -> str | None:
-        """Why a weight of this shape cannot be stored so; None if it can."""
+        """Why a weight of this shape cannot be stored in this format; None if it can."""
         return None
 
     @abstractmethod
     def nbytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
-        """What a weight takes, with all of its parameters; `dtype` is that of its scales."""
+        """Bytes of a stored weight, with all of its parameters; `dtype` is that of its scales."""
 
     @abstractmethod
     def rounded(self, weight: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
@@ -50,7 +50,7 @@ class Format(ABC):
         Args:
             weight: (N, K), floating point.
             dtype: of the stored scales.
-            scale: (K,), or None: the weight is rounded times this, and divided by it again.
+            scale: (K,), or None: the weight is multiplied by this, rounded, and divided by it again.
         """
 
     @abstractmethod
@@ -58,7 +58,10 @@ class Format(ABC):
         """The weight rounded to nearest, as the tensor that a linear holds."""
 
     def product(self, weight: Tensor, dtype: torch.dtype, activations: Activations, scale: Tensor | None = None) -> Product:
-        """What a linear with the weight rounded to nearest does, without its bias. With `scale` its input is divided by that before it is rounded."""
+        """A function that computes what a linear with the weight rounded to nearest does, without a bias.
+
+        With `scale`, weight * scale is rounded, and the input is divided by `scale` before it is rounded.
+        """
         values = self.rounded(weight, dtype, scale)
         return lambda x: F.linear(activations.fake(x, scale), values.to(x.dtype))
 
@@ -68,18 +71,23 @@ class CodedFormat(Format):
 
     @abstractmethod
     def fit(self, weight: Tensor, dtype: torch.dtype, gram: Tensor | None = None) -> Params:
-        """Parameters for a weight. With the Gram matrix of its inputs, (K, K), those with the smallest squared error of its outputs."""
+        """Choose parameters for a weight. With the Gram matrix of its inputs, (K, K), they are chosen for a small squared error of its outputs."""
 
     @abstractmethod
     def spread(self, params: Params, columns: int, dtype: torch.dtype) -> Params:
-        """The parameters with one entry per column, (N, K), in the dtype that is computed in; columns may then be taken in any order."""
+        """Expand the parameters to one entry per column, (N, K), in `dtype`. Columns may then be rounded in any order."""
 
     @abstractmethod
     def nearest(self, target: Tensor, spread: Params) -> tuple[Tensor, Tensor]:
-        """Codes and values of the storable values nearest to some columns of a weight, (N, any number), with their columns of the parameters."""
+        """Round columns of a weight to the nearest values that can be stored. Returns codes and values, both shaped like `target`.
+
+        Args:
+            target: (N, any number of columns).
+            spread: the same columns of the spread parameters.
+        """
 
     def refit(self, weight: Tensor, codes: Tensor, params: Params, gram: Tensor) -> Params:
-        """Parameters that suit given codes better; a format without any returns `params`."""
+        """Parameters that give a smaller error with these codes; a format that cannot find any returns `params`."""
         return params
 
     @abstractmethod
@@ -104,14 +112,14 @@ class CodedFormat(Format):
 
 @dataclass(frozen=True)
 class LinearForm:
-    """All about a quantized linear: the format of its weight, what it does to its input, and the dtype of its scales (None: the weight's)."""
+    """How a linear is quantized: the format of its weight, the rounding of its input, and the dtype of its scales (None: the weight's)."""
 
     format: Format
     activations: Activations = FLOAT
     dtype: torch.dtype | None = None
 
     def describe(self) -> list[Any]:
-        """As JSON."""
+        """The format and the activations, as JSON can hold them."""
         return [*self.format.describe(), *self.activations.describe()]
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
@@ -119,11 +127,11 @@ class LinearForm:
         return self.dtype or weight_dtype
 
     def rounder(self, weight_dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """A function from a weight and a scale to what the rounded form of weight * scale stands for, divided by scale."""
+        """A function of a weight and a scale (or None): weight * scale is rounded to nearest, and divided by scale again."""
         return lambda weight, scale: self.format.rounded(weight, self.scale_dtype(weight_dtype), scale)
 
     def product(self, weight_dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Product]:
-        """A function from a weight and a scale to what the rounded linear does, without its bias."""
+        """A function of a weight and a scale (or None), which returns a function that computes what the rounded linear does, without a bias."""
         return lambda weight, scale: self.format.product(weight, self.scale_dtype(weight_dtype), self.activations, scale)
 
     def stored(self, weight: Tensor, weight_dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Any config of torchao's as a format: its own rounding, its own tensor. Its codes are its own affair."""
+"""Any torchao config as a format. torchao rounds the weight and makes its tensor; calibration cannot choose the codes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torchao_qig.formats.base import Format, Product
 
 @dataclass(frozen=True)
 class Foreign(Format):
-    """What `quantize_(model, config)` makes of a weight."""
+    """The format that `quantize_(model, config)` gives a weight."""
 
     config: AOBaseConfig
 
@@ -46,7 +46,7 @@ def dense(weight: Tensor) -> Tensor:
         try:
             return weight.dequantize()
         except (NotImplementedError, RuntimeError):
-            pass  # some of torchao's tensors cannot: multiply by ones and zeros instead
+            pass  # some of torchao's tensors cannot: multiply by the identity matrix instead
     return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T
 
 

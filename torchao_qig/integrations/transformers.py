@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from torchao_qig._compat import FqnToConfig, QuantizeCall
 from torchao_qig.errors import UserError, UserTypeError
+from torchao_qig.formats import CodedFormat
 from torchao_qig.tensor import PackedIntTensor
 
 
@@ -47,15 +48,16 @@ def modules_left_alone(model: nn.Module) -> list[str]:
 
 
 def _loading_config(model: nn.Module, config: Any) -> Any:
-    """The config that a loader should see: an algorithm with steps stands at its last, data is left out."""
+    """The config that config.json should name: without data, and with torchao's step-by-step algorithms at their last step."""
     packed = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
     if isinstance(config, FqnToConfig):
         return _loading_by_name(model, config, packed)
-    if getattr(config, "format", None) is not None and packed:  # a loader needs the stored form alone
+    if isinstance(getattr(config, "format", None), CodedFormat) and packed:  # a format of somebody's own that stores packed integers
         stored = next(iter(packed.values()))
-        config = dataclasses.replace(config, format=None, bits=stored.bits, group_size=stored.group_size)
+        symmetric = getattr(config.format, "symmetric", config.symmetric)
+        config = dataclasses.replace(config, format=None, steps=None, bits=stored.bits, group_size=stored.group_size, symmetric=symmetric)
     if hasattr(config, "for_loading") and not isinstance(config.bits, int):  # each linear has its own
-        return FqnToConfig({name: config.at(p.bits).for_loading(p.act_pre_scale is not None) for name, p in packed.items()})
+        return FqnToConfig({name: config.with_bits(p.bits).for_loading(p.act_pre_scale is not None) for name, p in packed.items()})
     if hasattr(config, "for_loading"):
         return config.for_loading(any(p.act_pre_scale is not None for p in packed.values()))
     return dataclasses.replace(config, step="prepare_for_loading") if hasattr(config, "step") and hasattr(config, "base_config") else config
@@ -131,7 +133,7 @@ def _with_public_names(model: nn.Module, tensors: dict[str, Tensor], metadata: d
 
 @contextmanager
 def _public_names(model: nn.Module) -> Iterator[None]:
-    """What transformers writes meanwhile has the hub's names."""
+    """While this runs, transformers writes files with the hub's names."""
     target: Any = model
     flatten, used = target.hf_quantizer.get_state_dict_and_metadata, getattr(model, "_weight_conversions", None)
     target._weight_conversions = [c for c in used or () if _reverses(c)] or None

@@ -107,7 +107,7 @@ class Loader:
         return loaded
 
     def check(self) -> None:
-        """All parts have come."""
+        """Raise unless all parts have been loaded."""
         if None not in self.loaded and len(self.loaded) < self.parts:
             raise UserError(
                 f"{self.name}: vLLM found tensors for {len(self.loaded)} of its {self.parts} parts in the checkpoint;"
@@ -156,7 +156,7 @@ class PackedConfig(VllmConfig):
     skip_modules: list[str]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Modules have other names in vLLM than in the checkpoint; know both."""
+        """Note vLLM's names of modules beside those of the checkpoint."""
         self.skip_modules = [*self.skip_modules, *hf_to_vllm_mapper.apply_list(self.skip_modules)]
         if isinstance(self.torchao_config, FqnToConfig):
             configs = self.torchao_config.fqn_to_config

@@ -40,7 +40,7 @@ SHOWN = 15  # lines of a failed process's errors
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Of this process."""
+    """The peak memory of this process, in bytes."""
     return peak_host_bytes() if device.type == "cpu" else int(torch.accelerator.max_memory_allocated(device))
 
 
@@ -103,7 +103,7 @@ def _child(args: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> N
 
 
 class _Process:
-    """A model being measured elsewhere."""
+    """A process that measures one model."""
 
     def __init__(self, directory: Path, dtype: str, options: list[str], threads: int | None) -> None:
         self.directory, self.cache = directory, tempfile.TemporaryDirectory()
@@ -220,7 +220,7 @@ def bench(
         against=against, image=image, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, threads=threads, device=device, compiled=compiled,
         against_dtype=against_dtype,
     )  # fmt: skip
-    settings = {"new_tokens": new_tokens, "repeats": repeats, "compiled": compiled, "command": command.called("bench", bench, directory, asked)}
+    settings = {"new_tokens": new_tokens, "repeats": repeats, "compiled": compiled, "command": command.command_line("bench", bench, directory, asked)}
     return {"rows": rows, "ratios": ratios, **settings, "date": date.today().isoformat(), "machine": facts[0]["machine"]}
 
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchao_qig.calibrate.estimate import size_text
+from torchao_qig.calibration.estimate import size_text
 from torchao_qig.errors import UserError
 from torchao_qig.lvlm.load import auto_class, load_config
 
 BENCH = ("model", "weights", "on disk", "load, s", "warm-up, s", "first token, s", "prefill, tokens/s", "decode, tokens/s", "peak memory")
-SHOWN = ("bits", "group_size", "symmetric", "int8_activations", "budget", "modules", "sensitivity", "compensate", "samples", "seed", "calib")
+SHOWN = ("bits", "group_size", "symmetric", "int8_activations", "budget", "modules", "method", "steps", "samples", "seed", "calib")
 
 
 def _read(directory: Path, name: str) -> Any:
@@ -30,7 +30,7 @@ def _with_interval(value: Any, form: str, factor: float = 1.0) -> str:
 
 
 def evaluation_table(found: dict[str, Any]) -> str:
-    """Markdown, with 95 % intervals."""
+    """The table of an evaluation in Markdown, with 95 % intervals."""
     lines = ["| model | answers right, % | NLL per token | KL to full precision |", "| --- | --- | --- | --- |"]
     for row in found["rows"]:
         cells = [_with_interval(row.get("accuracy"), ".1f", 100), _with_interval(row.get("nll"), ".4f"), _with_interval(row.get("kl"), ".4f")]
@@ -54,7 +54,7 @@ def bench_table(result: dict[str, Any]) -> str:
 
 
 def tasks_table(found: dict[str, Any]) -> str:
-    """lmms-eval's metrics."""
+    """The table of lmms-eval's metrics in Markdown."""
     lines = ["| task | metric | value |", "| --- | --- | --- |"]
     for task, metrics in found["tasks"].items():
         numbers = {name.split(",")[0]: v for name, v in metrics.items() if isinstance(v, (int, float)) and "stderr" not in name}

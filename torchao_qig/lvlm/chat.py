@@ -20,7 +20,7 @@ SIDE = "right"  # a causal model's real tokens see no padding there
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How long the common beginning is."""
+    """The number of tokens at which two texts begin alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -67,13 +67,13 @@ class Chat:
         return "\n".join(part.get("text", self.place) for part in parts)
 
     def text(self, messages: Messages, prompt: bool = False) -> str:
-        """The chat in words; with `prompt` as it is before the model answers."""
+        """The chat as text. With `prompt` it ends where the model should answer."""
         if self.template:
             return self._render(self._shaped(messages), prompt) if messages else ""
         return "\n".join(self._flat(m["content"]) for m in messages) + "\n" * (prompt and bool(messages))
 
     def words(self, text: str) -> list[int]:
-        """Tokens of the text alone: every picture one place."""
+        """The tokens of the text, with one token for each picture."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def spells(self, messages: Messages, token: int) -> bool:
@@ -133,7 +133,7 @@ class Chat:
         return Counter(ids) - Counter(self.words(self.text(messages)))
 
     def picture_token(self, grown: Counter[int]) -> int | None:
-        """The one that pictures brought most of; of several a special one."""
+        """The token that pictures are made of: the most frequent of those that pictures add. Of equally frequent ones a special token."""
         special = {token for token, entry in self._added().items() if entry.special} | set(self.tokenizer.all_special_ids)
         return max(grown, key=lambda token: (grown[token], token in special, -token), default=None)
 

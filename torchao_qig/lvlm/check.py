@@ -27,7 +27,7 @@ def answer_positions(batch: dict[str, Tensor]) -> Tensor:
 
 
 def smallest(batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The batches that are looked at: of those with fewest tokens."""
+    """The batches to compare on: those with the fewest tokens."""
     return sorted(batches, key=lambda batch: batch["input_ids"].numel())[:BATCHES]
 
 
@@ -43,7 +43,7 @@ def log_probabilities(model: nn.Module, batch: dict[str, Tensor], limit: int | N
 
 
 def references(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
-    """What the model says, to be compared with later."""
+    """The model's log-probabilities on these batches, for a later comparison."""
     return [log_probabilities(model, batch) for batch in batches]
 
 

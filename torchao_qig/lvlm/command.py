@@ -13,7 +13,7 @@ import yaml
 from torchao_qig.errors import UserError
 from torchao_qig.lvlm.recipe import Recipe, recipe
 
-QUANTIZE_FLAGS = ("output", "calib", "images", "bits", "group_size", "sensitivity", "modules", "samples", "seed", "max_length", "dtype", "device")
+QUANTIZE_FLAGS = ("output", "calib", "images", "bits", "group_size", "method", "modules", "samples", "seed", "max_length", "dtype", "device")
 NEGATED = {"compiled": "--no-compile"}
 ALWAYS = ("model", "output", "calib", "bits")  # named though they may be what is the default today
 
@@ -29,7 +29,7 @@ def _joined(name: str, model: Any, words: list[str]) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """In one line, as `--set` reads it."""
+    """A value in one line of YAML, as `--set` reads it."""
     if isinstance(value, str):
         try:
             if value.isprintable() and yaml.safe_load(value) == value:
@@ -41,8 +41,8 @@ def _yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def called(name: str, run: Callable[..., Any], model: Any, given: Mapping[str, Any]) -> str:
-    """Of a subcommand whose options are the arguments of `run`, but for `model`. Only what is not the default is named."""
+def command_line(name: str, run: Callable[..., Any], model: Any, given: Mapping[str, Any]) -> str:
+    """The command line of a subcommand whose options are the arguments of `run`. Arguments that have their defaults are left out."""
     known = inspect.signature(run).parameters
     words: list[str] = []
     for key, value in given.items():
@@ -57,9 +57,9 @@ def called(name: str, run: Callable[..., Any], model: Any, given: Mapping[str, A
 
 
 def meaning(wanted: Recipe) -> dict[str, Any]:
-    """All keys with what they come to; recipes of one meaning do the same."""
+    """All keys with the values that they come to. Recipes with equal meanings do the same."""
     keys, computed = wanted.resolved(), wanted.config().public()
-    return keys | {key: computed[key] for key in keys.keys() & computed.keys() if key != "dtype"}  # that of a recipe is what is loaded in
+    return keys | {"method": None} | {key: computed[key] for key in keys.keys() & computed.keys() if key != "dtype"}  # that of a recipe is what is loaded in
 
 
 def _needed(wanted: Recipe) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _means(keys: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def quantizing(wanted: Recipe) -> str:
-    """Of `torchao-qig quantize` with this recipe."""
+    """The command line of `torchao-qig quantize` that has this meaning."""
     words: list[str] = []
     rest: list[str] = []
     keys = _needed(wanted)

@@ -18,7 +18,7 @@ from torchao_qig.errors import UserError
 from torchao_qig.lvlm.chat import Chat
 from torchao_qig.lvlm.messages import Messages
 from torchao_qig.lvlm.pictures import BadRow, opened
-from torchao_qig.lvlm.samples import Sample, told
+from torchao_qig.lvlm.samples import Sample, describe_skipped
 
 WASTE = 0.1  # of a batch's positions, at most, are padding
 IGNORED = -100  # label of a token that is no answer
@@ -36,7 +36,7 @@ class Batches(list[dict[str, Tensor]]):
 
     @property
     def padding(self) -> float:
-        """Its share of all positions."""
+        """The share of padding among all positions."""
         padded = sum(len(tokens) * max(tokens) for tokens in self.lengths)
         return 1 - sum(map(sum, self.lengths)) / padded
 
@@ -58,7 +58,7 @@ class Batches(list[dict[str, Tensor]]):
         ]
         if self.skipped:
             bad = sum(map(len, self.skipped.values()))
-            lines.append(f"{bad} of {bad + len(tokens)} samples skipped: {told(self.skipped)}")
+            lines.append(f"{bad} of {bad + len(tokens)} samples skipped: {describe_skipped(self.skipped)}")
         return "\n".join(lines)
 
 
@@ -68,7 +68,7 @@ def _vision(batch: dict[str, Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is remembered of a sample that was processed alone."""
+    """What is noted about a sample when it is processed alone."""
 
     ids: list[int]
     answer: list[bool] | None
@@ -153,7 +153,7 @@ def calibration_batches(samples: Sequence[Sample], processor: Any, *, tokens: in
         del found[i]
         skip(i, BadRow("text holds the picture token", "the model would look for another picture"))
     if not found:
-        raise UserError(f"samples: none of {len(samples)} can be used with {type(processor).__name__}: {told(skipped) or 'there are none'}")
+        raise UserError(f"samples: none of {len(samples)} can be used with {type(processor).__name__}: {describe_skipped(skipped) or 'there are none'}")
 
     # With and without pictures apart: not every processor takes both at once.
     groups = [[i for i, one in found.items() if bool(one.pictures) is has] for has in (True, False)]

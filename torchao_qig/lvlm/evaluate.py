@@ -23,7 +23,7 @@ from torchao_qig.lvlm import card, command
 from torchao_qig.lvlm.check import answer_positions, log_probabilities
 from torchao_qig.lvlm.data import IGNORED, calibration_batches
 from torchao_qig.lvlm.load import bytes_on_disk, device_of, load_model, load_processor
-from torchao_qig.lvlm.samples import Samples, called, read_samples
+from torchao_qig.lvlm.samples import Samples, naming_argument, read_samples
 
 RESAMPLES = 2000
 
@@ -76,7 +76,7 @@ def compare(models: dict[str, nn.Module], batches: Iterable[dict[str, Tensor]]) 
 
 
 def answers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
-    """Those of one model."""
+    """The answers of one model."""
     return compare({"": model}, batches)[""]
 
 
@@ -102,12 +102,12 @@ def run(
         data=data, images=images, against=against, tasks=tasks, include=include, samples=samples, seed=seed, split=split, dtype=dtype, device=device,
         keep_packed=keep_packed,
     )  # fmt: skip
-    about = {"command": command.called("evaluate", run, model, given), "date": date.today().isoformat()}
+    about = {"command": command.command_line("evaluate", run, model, given), "date": date.today().isoformat()}
     if not data and not tasks:
         raise UserError("data: nothing to evaluate on; pass --data with questions and answers, or --tasks with lmms-eval's")
     processor, place, read = load_processor(model), device_of(device), None
     if data:  # what is wrong with it is known before weights are loaded
-        with called("data"):
+        with naming_argument("data"):
             read = read_samples(data, images, split=split, count=samples, seed=seed)
     loaded = load_model(model, dtype, device=place)
     tables = []
@@ -130,7 +130,7 @@ def run(
 
 
 def _size(source: str, model: nn.Module) -> int:
-    """Of the weight files; where they lie elsewhere, of the weights as they were loaded."""
+    """The bytes of the weight files, or of the loaded weights where the files are not in the directory."""
     stored = bytes_on_disk(Path(source).expanduser())
     return stored or sum(p.nbytes_packed() if isinstance(p, PackedIntTensor) else p.numel() * p.element_size() for p in model.parameters())
 

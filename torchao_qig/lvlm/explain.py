@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchao_qig import calibrate
-from torchao_qig.calibrate.resume import fingerprint_of_data, fingerprint_of_model
+from torchao_qig.calibration.resume import fingerprint_of_data, fingerprint_of_model
 from torchao_qig.lvlm.data import calibration_batches
 from torchao_qig.lvlm.pictures import opened
 from torchao_qig.lvlm.recipe import Recipe
@@ -56,8 +56,9 @@ def token_weights(model: nn.Module, wanted: Recipe, samples: Sequence[Sample], p
 def _weights_alone(wanted: Recipe) -> Any:
     kept = {k: v for k, v in wanted.settings.items() if k in ("group_size", "symmetric", "modules", "compute_dtype", "micro_batch", "max_host_memory")}
     bits = wanted.config().bits
-    settings = kept | {"bits": bits if isinstance(bits, int) else BITS, "sensitivity": "qig", "compensate": False, "grid": 1}
-    return Recipe(device=wanted.device, int8_activations=wanted.int8_activations, settings=settings).config(verbose=False)
+    one_candidate = {"equalize": {"sensitivity": "qig", "grid": 1}}  # nothing to choose: token weights are all that is computed
+    settings = kept | {"bits": bits if isinstance(bits, int) else BITS}
+    return Recipe(device=wanted.device, int8_activations=wanted.int8_activations, steps=[one_candidate], settings=settings).config(verbose=False)
 
 
 def _shown(sample: Sample, number: int, batch: dict[str, Tensor], row: int, pictures: slice, processor: Any, directory: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def load_model(name: str, dtype: str = "auto", revision: str | None = None, devi
 
 
 def shape_of(name: str, dtype: str = "auto", revision: str | None = None) -> nn.Module:
-    """The same without its weights, on the meta device: enough for a plan, and no bigger than its code."""
+    """The model without its weights, on the meta device. A plan needs no more."""
     config = load_config(name, revision)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model={name!r}: quantized already; pass the full-precision model")
@@ -105,7 +105,7 @@ def shape_of(name: str, dtype: str = "auto", revision: str | None = None) -> nn.
 
 
 def bytes_on_disk(directory: Path) -> int:
-    """Of a checkpoint's weight files; 0 where there are none."""
+    """Bytes of a checkpoint's weight files; 0 where there are none."""
     return sum(file.stat().st_size for pattern in WEIGHT_FILES for file in directory.glob(pattern))
 
 

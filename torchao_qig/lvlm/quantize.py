@@ -27,15 +27,15 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torchao.quantization import quantize_
 
-from torchao_qig import Calibration, PackedIntTensor, __version__, calibrate, save_pretrained
-from torchao_qig.calibrate.plan import Plan, plan
+from torchao_qig import Calibration, PackedIntTensor, __version__, calibrate, plan, save_pretrained
+from torchao_qig.calibration.plan import Plan
 from torchao_qig.errors import UserError
 from torchao_qig.lvlm import card, command, explain, recipe
 from torchao_qig.lvlm.check import BrokenModel, check, divergence, references, smallest
 from torchao_qig.lvlm.data import Batches, calibration_batches
 from torchao_qig.lvlm.load import load_model, load_processor, save_processor
 from torchao_qig.lvlm.mixes import mixed
-from torchao_qig.lvlm.samples import Sample, Samples, called, read_samples
+from torchao_qig.lvlm.samples import Sample, Samples, naming_argument, read_samples
 from torchao_qig.system import peak_host_bytes
 
 Say = Callable[[str], None]
@@ -91,7 +91,7 @@ def _working(partial: Path, wanted: recipe.Recipe) -> Iterator[None]:
 def samples_of(wanted: recipe.Recipe) -> tuple[Sequence[Sample], Samples]:
     """The samples that a recipe names, and those that they were made of."""
     prompt = {"prompt": wanted.prompt} if wanted.prompt else {}
-    with called("calib"):
+    with naming_argument("calib"):
         found = read_samples(wanted.calib, wanted.images, split=wanted.split, count=wanted.samples * wanted.interleaved, seed=wanted.seed, **prompt)
     return mixed(found, wanted.few_shot, wanted.interleaved, wanted.seed), found
 
@@ -125,7 +125,8 @@ def run(wanted: recipe.Recipe, resume: bool = False, dry_run: bool = False, say:
         explained = explain.token_weights(model, wanted, shown, processor, partial / "explained")
         before = {name: linear.weight.nbytes for name, linear in _linears(model).items()}
         started_blocks = time.perf_counter()
-        calibration = calibrate(model, _drained(batches), wanted.config(calib=None, checkpoint_dir=partial / "blocks"))
+        kept = {"checkpoint_dir": partial / "blocks"} if wanted.config().chosen_steps else {}
+        calibration = calibrate(model, _drained(batches), wanted.config(calib=None, **kept))
         resumed = calibration.stats["seconds"] - (time.perf_counter() - started_blocks)  # what an interrupted run has spent
         quantize_(model, wanted.config(calib=calibration))
         _correct(planned, model, before)
@@ -145,13 +146,13 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _drained(batches: Batches) -> Iterator[dict[str, Any]]:
-    """Each is forgotten when it has been read: pictures are large, and what is kept of them is not."""
+    """Yield the batches and drop each once it has been read, since pictures are large."""
     while batches:
         yield batches.pop(0)
 
 
 def _correct(planned: Plan, model: nn.Module, before: dict[str, int]) -> None:
-    """The plan as it came about: linears may keep all their bits, or no token may have reached them."""
+    """Correct the plan by what happened: some linears may have kept all their bits, or no token reached them."""
     packed = {name: m.weight.data for name, m in _linears(model).items() if isinstance(m.weight, PackedIntTensor)}
     stayed = sorted(planned.linears - set(packed))
     if stayed:
@@ -162,7 +163,7 @@ def _correct(planned: Plan, model: nn.Module, before: dict[str, int]) -> None:
 
 
 def _continue(partial: Path, wanted: recipe.Recipe) -> None:
-    """Note the recipe of this run, or make sure that it is the one of the run that is continued."""
+    """Write down the recipe of this run. Where a run is continued, raise if its recipe was another one."""
     path = partial / "recipe.yaml"
     now = wanted.resolved()
     if path.exists():

@@ -1,8 +1,9 @@
 """A recipe: everything that a run is made of, as flags and YAML files say it.
 
-One flat list of keys. Those of `Recipe` itself say what is loaded, on which samples, and where the result goes; all others are the
-fields of `QIGWeightOnlyConfig` (or `QIGInt8DynamicActivationConfig` with `int8_activations: true`) and mean what they mean there.
-Defaults, then files, then flags. Every run writes what came out of that as recipe.yaml, which is a recipe again.
+One flat list of keys. Those of `Recipe` itself say what is loaded, on which samples, and where the result goes. All others are
+settings of `QIGWeightOnlyConfig` (with `int8_activations: true` of `QIGInt8DynamicActivationConfig`) or of `Running`, and mean what they mean there.
+Steps are plain data: `steps: [{equalize: {grid: 10}}, compensate]`.
+Defaults come first, then files, then flags. Every run writes the outcome as recipe.yaml, which is a recipe again.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 import yaml
 
-from torchao_qig.config import RUNTIME, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
+from torchao_qig.config import MOVED, RUNTIME, QIGInt8DynamicActivationConfig, QIGWeightOnlyConfig
 from torchao_qig.errors import UserError, UserFileError
 from torchao_qig.lvlm.load import DTYPES, device_of, dtype_of
+from torchao_qig.methods.plain import from_plain, plain
+from torchao_qig.running import Running
 
-FIXED = {"version", "base_config", "format", "pre_scaled", "dtype", *RUNTIME} - {"compute_dtype", "micro_batch", "max_host_memory"}  # not said by recipes
+FIXED = {"format", "dtype", *RUNTIME}  # settings of the config that a recipe does not have; `dtype` is what it loads in
+RUNNING = ("compute_dtype", "micro_batch", "max_host_memory")
 TEXTS = {"model", "output", "calib", "images", "split", "revision", "prompt", "dtype", "device"}
 
 
@@ -38,6 +42,7 @@ class Recipe:
         dtype: to load in; "auto" is as stored.
         device: where blocks are computed.
         int8_activations: W4A8 and the like.
+        method, steps: how to calibrate: a name, or a list of steps.
         explain: samples that the report shows token weights of.
         max_kl: a model that diverges more from full precision is an error (nats per token).
         settings: of the config.
@@ -59,6 +64,8 @@ class Recipe:
     dtype: str = "auto"
     device: str | None = None
     int8_activations: bool = False
+    method: str | None = None
+    steps: list[Any] | None = None
     explain: int = 8
     max_kl: float = 2.0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -97,20 +104,27 @@ class Recipe:
     def config(self, **runtime: Any) -> QIGWeightOnlyConfig:
         """What `quantize_` takes."""
         made = QIGInt8DynamicActivationConfig if self.int8_activations else QIGWeightOnlyConfig
-        settings: dict[str, Any] = dict(self.settings)
-        if isinstance(settings.get("compute_dtype"), str):
-            if settings["compute_dtype"] not in (computed := [name for name in DTYPES if name != "auto"]):
-                raise UserError(f"compute_dtype={settings['compute_dtype']!r}: pass one of {', '.join(computed)}")
-            settings["compute_dtype"] = DTYPES[settings["compute_dtype"]]
+        settings: dict[str, Any] = {k: v for k, v in self.settings.items() if k not in RUNNING}
+        running: dict[str, Any] = {k: v for k, v in self.settings.items() if k in RUNNING}
+        if isinstance(running.get("compute_dtype"), str):
+            if running["compute_dtype"] not in (computed := [name for name in DTYPES if name != "auto"]):
+                raise UserError(f"compute_dtype={running['compute_dtype']!r}: pass one of {', '.join(computed)}")
+            running["compute_dtype"] = DTYPES[running["compute_dtype"]]
         if self.device is not None:
             settings["device"] = self.device
-        return made(**settings, **runtime)
+        if self.steps is not None:
+            if not isinstance(self.steps, list):
+                raise UserError(f"steps={self.steps!r}: pass a list such as [{{equalize: {{grid: 10}}}}, compensate]")
+            settings["steps"] = [from_plain(step) for step in self.steps]
+        return made(**settings, method=self.method, running=Running(**running), **runtime)
 
     def resolved(self) -> dict[str, Any]:
         """All keys with their values."""
         config = self.config()
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
-        return own | {name: _plain(getattr(config, name)) for name in keys(self.int8_activations) if name not in own}
+        own["steps"] = None if self.steps is None else [plain(step) for step in config.steps or []]
+        others = (name for name in keys(self.int8_activations) if name not in own)
+        return own | {name: _plain(getattr(config.running if name in RUNNING else config, name)) for name in others}
 
     def write(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.resolved(), sort_keys=False))
@@ -121,18 +135,25 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 1e-3 as a text."""
+    """The number that a text stands for: YAML reads 1e-3 as a text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
+def _numbers(value: Any) -> Any:
+    """`_number` for everything inside dicts and lists."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(v) for v in value] if isinstance(value, list) else _number(value)
+
+
 def keys(int8_activations: bool = False) -> list[str]:
     """Every key that a recipe may have."""
     config = QIGInt8DynamicActivationConfig if int8_activations else QIGWeightOnlyConfig
     own = [f.name for f in fields(Recipe) if f.name != "settings"]
-    return own + [f.name for f in fields(config) if f.name not in FIXED and f.name not in own]
+    return own + [f.name for f in fields(config) if f.name not in FIXED and f.name not in own] + list(RUNNING)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -164,10 +185,17 @@ def pairs(texts: list[str]) -> dict[str, Any]:
 
 def recipe(*layers: dict[str, Any]) -> Recipe:
     """A recipe from keys, later ones going over earlier ones."""
-    given: dict[str, Any] = {k: v for layer in layers for k, v in layer.items()}
-    given = {k: v if k in TEXTS else _number(v) for k, v in given.items()}
+    given: dict[str, Any] = {}
+    for layer in layers:
+        for key, other in (("method", "steps"), ("steps", "method")):  # a later one of them stands for both
+            if layer.get(key) is not None and layer.get(other) is None:
+                given.pop(other, None)
+        given |= layer
+    given = {k: v if k in TEXTS else _numbers(v) if k == "steps" else _number(v) for k, v in given.items()}
     known = keys(bool(given.get("int8_activations")))
     for key in given:
+        if key in MOVED and key not in known:
+            raise UserError(f"{key}: is a setting of a step now; write `method: NAME` or `steps: [{{equalize: {{...}}}}, ...]`; in Python {MOVED[key]}")
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             raise UserError(f"{key}: no such setting{f'; did you mean {near[0]}?' if near else ''} (all: {', '.join(known)})")

@@ -36,7 +36,7 @@ class Sample:
 
 
 @contextmanager
-def called(name: str) -> Iterator[None]:
+def naming_argument(name: str) -> Iterator[None]:
     """Errors of `read_samples` about its `path` speak of this argument, which the path came from."""
     try:
         yield
@@ -51,7 +51,7 @@ def shortened(detail: str) -> str:
     return detail if len(detail) <= SHOWN else f"{detail[: SHOWN - 65]} ... {detail[-60:]}"
 
 
-def told(skipped: dict[str, list[str]], shown: int = 3) -> str:
+def describe_skipped(skipped: dict[str, list[str]], shown: int = 3) -> str:
     """image missing: coco.jsonl:4 (dog.jpg), coco.jsonl:9 (cat.jpg) and 5 more; ..."""
     rest = {reason: len(places) - shown for reason, places in skipped.items()}
     return "; ".join(f"{reason}: {', '.join(places[:shown])}" + (f" and {rest[reason]} more" if rest[reason] > 0 else "") for reason, places in skipped.items())
@@ -87,7 +87,7 @@ class Samples(Sequence[Sample]):
         if self.wanted is not None and len(self) < self.wanted:
             lines[0] += f": fewer than the {self.wanted} asked for, it has no more good ones"
         if count:
-            lines.append(f"{count} of {count + len(self)} rows skipped: {told(self.skipped)}")
+            lines.append(f"{count} of {count + len(self)} rows skipped: {describe_skipped(self.skipped)}")
         return "\n".join(lines)
 
 
@@ -134,7 +134,7 @@ def read_samples(
         except BadRow as error:
             skipped.setdefault(error.reason, []).append(f"{rows.place(i)} ({shortened(error.detail)})")
     if not good:
-        why = told(skipped) or "it is empty"
+        why = describe_skipped(skipped) or "it is empty"
         raise UserError(f"path={str(path)!r}: none of its {rows.count} rows is a sample: {why}. A good row: {EXAMPLE}", PATH)
     found = Samples(str(path), tuple(good), skipped, rows.count, count)
     if skipped or len(good) < (count or 0):

@@ -32,7 +32,7 @@ class Packed(NamedTuple):
 
 
 def _files(path: str, revision: str | None) -> list[Path]:
-    """Those that transformers loads, of a directory or of a name on the hub."""
+    """The files that transformers loads for a directory or a name on the hub."""
 
     def found(file: str) -> str | None:
         return cached_file(path, file, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -45,7 +45,7 @@ def _files(path: str, revision: str | None) -> list[Path]:
 
 
 def packed(path: str, revision: str | None = None) -> dict[str, Packed]:
-    """Packed weights by their names: of the model, of the hub, or both, as they were saved."""
+    """Packed weights by name. A file may hold the model's names, the hub's, or both."""
     weights: dict[str, Packed] = {}
     for file in _files(path, revision):
         with safe_open(file, "pt") as opened:
@@ -69,7 +69,7 @@ def described(config: Any) -> Any:
 
 
 def _of(config: Any, weight: str) -> Any:
-    """The config of ours that this weight has; None where it has another, or none."""
+    """Our config for this weight; None where it has another one or none."""
     if isinstance(config, FqnToConfig):
         names = (weight, weight.rpartition(".")[0])
         known = config.fqn_to_config

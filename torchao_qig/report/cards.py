@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from torchao_qig.calibrate.result import MODALITIES
+from torchao_qig.methods.per_sample import MODALITIES
 from torchao_qig.report import colours
 from torchao_qig.report.patches import Boxes, Seen, cells, nowhere, placed, raster, runs_of, shared_out
 from torchao_qig.report.read import Found

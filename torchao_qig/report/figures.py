@@ -78,7 +78,7 @@ def _grid(values: Values) -> tuple[list[str], list[str], NDArray[np.float64]]:
 
 
 def _heat(axis: Any, values: NDArray[np.float64], columns: Sequence[str], rows: Sequence[str] | None, text: Callable[[float], str], **colours: Any) -> Any:
-    """Cells with their numbers, drawn as shapes; the first row on top."""
+    """A heat map: cells with their numbers, the first row on top."""
     mesh = axis.pcolormesh(np.ma.masked_invalid(values), edgecolors="face", linewidth=0.4, **colours)
     axis.invert_yaxis()
     axis.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
@@ -195,7 +195,7 @@ def against_size(rows: Sequence[Mapping[str, Any]], measure: str, what: str, dir
 
 
 def seconds(per_block: Sequence[float], directory: Path) -> Drawn:
-    """Time of each block."""
+    """The seconds of each block."""
     name = "time"
     with _drawing(name, 2.0) as figure:
         axis = figure.subplots()

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from torchao_qig.calibrate.result import Calibration
+from torchao_qig.calibration.result import Calibration
 from torchao_qig.report import colours, figures, tables
 from torchao_qig.report.cards import SAMPLES, SPAN, cards
 from torchao_qig.report.names import place, rows
@@ -69,7 +69,7 @@ def _choices(chosen: list[View]) -> dict[str, list[tuple[str, int]]]:
 
 
 def _decided(found: Found, weighted: Calibration | None, directory: Path) -> dict[str, Any]:
-    """What the calibrations say."""
+    """The parts of the page that calibrations fill."""
     calibration = found.calibration
     means = by_modality(weighted) if weighted else {}
     drawn: dict[str, figures.Drawn] = {}
@@ -112,7 +112,7 @@ def _uneven(calibration: Calibration) -> bool:
 
 
 def _measured(found: Found) -> dict[str, Any]:
-    """What the receipt, the evaluation and the benchmark say."""
+    """The parts of the page that the receipt, the evaluation and the benchmark fill."""
     return {
         "evaluation": tables.evaluation(found),
         "evaluation_by": tables.by(found.evaluation),

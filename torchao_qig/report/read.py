@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchao_qig.calibrate.result import Calibration
+from torchao_qig.calibration.result import Calibration
 from torchao_qig.errors import UserError
 
 FOLDER = "qig"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torchao_qig.calibrate.result import Calibration
+from torchao_qig.calibration.result import Calibration
 from torchao_qig.report.names import place, rows
 from torchao_qig.report.read import Found
 
@@ -52,7 +52,7 @@ def table(head: Sequence[str], found: Iterable[Sequence[str]], text: int = 1) ->
 
 
 def facts(found: Found) -> list[Fact]:
-    """The head of the page."""
+    """The facts at the head of the page."""
     result = []
     if found.calibration and found.calibration.grids:
         result.append(Fact("weights", *_bits(found.calibration)))
@@ -101,10 +101,17 @@ def before_after(calibration: Calibration) -> tuple[dict[str, tuple[float, float
     if calibration.squared_errors:
         sentence = "The integers were chosen: each group's weighted squared error at its outputs, over the calibration tokens."
         return dict(calibration.squared_errors), "squared error", sentence
-    loss = str(calibration.settings.get("loss", "loss"))
+    loss = str(_of_scales(calibration).get("loss", "loss"))
     found = {label: (g.rounding_loss, g.loss) for label, g in calibration.groups.items() if math.isfinite(g.rounding_loss)}
     chosen = "as QIG's scales leave it" if searched(calibration) else "which no scales were searched to reduce"
     return found, f"loss ({loss})", f"The loss ({loss}) at the output of the module that each group feeds, {chosen}." if found else ""
+
+
+def _of_scales(calibration: Calibration) -> dict[str, Any]:
+    """The settings of the step that chose scales; of a calibration made before there were steps, all settings."""
+    steps = calibration.settings.get("steps")
+    every = [own for step in steps if isinstance(step, dict) for own in step.values()] if isinstance(steps, list) else [calibration.settings]
+    return next((own for own in every if isinstance(own, dict) and "loss" in own), {})
 
 
 def searched(calibration: Calibration) -> bool:
@@ -121,7 +128,7 @@ def cells(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def folds(calibration: Calibration) -> Table | None:
-    """Where scales went."""
+    """How many scales were folded into what."""
     counts = Counter((place(g.label).kind, g.fold_kind) for g in calibration.groups.values() if g.ratio != 0)
     named = {"act_pre_scale": "kept: the kernel multiplies it in (act_pre_scale)", "norm": "into the norm before", "linear": "into the linear before"}
     return table(["module", "its scale went", "groups"], ([kind, named.get(where, where), str(n)] for (kind, where), n in counts.items()), 2)
@@ -169,7 +176,7 @@ def duration_of_token(value: Any) -> str:
 
 
 def by(part: Mapping[str, Any]) -> str:
-    """Which command gave a table, and when."""
+    """The command that made a table, and its date."""
     return ", ".join(str(part[k]) for k in ("command", "date") if part.get(k))
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from torchao_qig.calibrate.result import MODALITIES, Calibration
+from torchao_qig.calibration.result import Calibration
+from torchao_qig.methods.per_sample import MODALITIES
 from torchao_qig.report.names import place, rows
 
 KINDS = {"text": "question and template", "vision": "picture", "answer": "answer"}

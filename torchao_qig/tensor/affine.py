@@ -5,7 +5,7 @@ grid of 2**bits points, `(code - zero) * scale` for code = 0 .. 2**bits - 1, so 
 
 - asymmetric: the grid spans the group's range, widened to contain 0 so that zero is a grid point and `zero` is an integer
   of the grid. For a group with both signs this is the published QIG rule; for a group of one sign the published rule
-  (`official=True`) clamps `zero` instead and loses most of the range (1.0 .. 1.1 comes back as 0.1).
+  (`paper_rules=True`) clamps `zero` instead and loses most of the range (1.0 .. 1.1 comes back as 0.1).
 - symmetric: the grid is -M .. M times scale with M = 2**(bits - 1) - 1, stored with zero = 2**(bits - 1).
 
 All arithmetic is float32 (float64 for float64 weights), whatever the dtype of the weight; `scale` is rounded to its
@@ -68,7 +68,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def choose_qparams(
-    w: Tensor, bits: int, group_size: int, symmetric: bool = False, official: bool = False, dtype: torch.dtype | None = None, shrink: float = 1.0
+    w: Tensor, bits: int, group_size: int, symmetric: bool = False, paper_rules: bool = False, dtype: torch.dtype | None = None, shrink: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Scale (in `dtype`, by default w's) and zero (uint8) of every group, both (..., N, G).
 
@@ -77,7 +77,7 @@ def choose_qparams(
         bits: 1 to 8 (symmetric: 2 to 8).
         group_size: weights per group along K, or -1 for a whole row.
         symmetric: a grid centred on zero instead of one that spans the range.
-        official: the published QIG rule, with its clamped zero and its floor of 1e-5 under the range.
+        paper_rules: the published QIG rule, with its clamped zero and its floor of 1e-5 under the range.
         dtype: storage dtype of the scale.
         shrink: the part of each group's range that the grid spans; weights beyond it are clipped.
     """
@@ -90,10 +90,10 @@ def choose_qparams(
     else:
         levels = 2**bits - 1
         low, high = v.amin(-1) * shrink, v.amax(-1) * shrink  # aminmax is not vectorised on the CPU
-        if not official:
+        if not paper_rules:
             low, high = low.clamp(max=0), high.clamp(min=0)
         span = high - low
-    if official:
+    if paper_rules:
         span = span.clamp(min=OFFICIAL_FLOOR)
     scale = span / levels
     if not symmetric:  # high - low overflows where the weights fill the whole float range
@@ -129,21 +129,21 @@ def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) 
     return dequantize(quantize(w, scale, zero, bits, group_size), scale, zero, group_size, w.dtype)
 
 
-def quantize_rows(x: Tensor, official: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, paper_rules: bool = False) -> tuple[Tensor, Tensor]:
     """The int8 codes of activations, and the scale (..., 1) of every token in at least float32.
 
     A token that holds NaN or infinity gets zeros and an infinite scale or NaN: it comes back as NaN.
     """
     v = x.to(_compute_dtype(x.dtype))
-    floor = OFFICIAL_FLOOR if official else ROW_LEVELS * torch.finfo(v.dtype).tiny
+    floor = OFFICIAL_FLOOR if paper_rules else ROW_LEVELS * torch.finfo(v.dtype).tiny
     scale = v.abs().amax(-1, keepdim=True).clamp(min=floor) / ROW_LEVELS
     codes = torch.round(v / scale)
     return torch.where(scale.isfinite(), codes, 0.0).to(torch.int8), scale
 
 
-def fake_quantize_rows(x: Tensor, columns: Tensor | None = None, official: bool = False) -> Tensor:
+def fake_quantize_rows(x: Tensor, columns: Tensor | None = None, paper_rules: bool = False) -> Tensor:
     """Activations as an integer product sees them, in their own dtype; with `columns` (K,), quantized over these."""
-    codes, scale = quantize_rows(x if columns is None else x / columns, official)
+    codes, scale = quantize_rows(x if columns is None else x / columns, paper_rules)
     values = codes.to(scale.dtype) * scale
     return (values if columns is None else values * columns).to(x.dtype)
 
@@ -153,7 +153,7 @@ def fake_quantize(
     bits: int,
     group_size: int,
     symmetric: bool = False,
-    official: bool = False,
+    paper_rules: bool = False,
     dtype: torch.dtype | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
@@ -166,7 +166,7 @@ def fake_quantize(
     rows = max(1, CHUNK // max(1, w.shape[-1]))  # some rows at a time stay in the processor's cache
     for part, dense in zip(w.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True):
         part = part.to(compute) if columns is None else part.to(compute) * columns
-        scale, zero = choose_qparams(part, bits, group_size, symmetric, official, dtype or w.dtype)
+        scale, zero = choose_qparams(part, bits, group_size, symmetric, paper_rules, dtype or w.dtype)
         values = nearest_steps(_grouped(part, group_size), scale, zero, bits).mul_(scale.to(compute).unsqueeze(-1)).flatten(-2)
         if columns is None:
             dense.copy_(values)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchao_qig.tensor import affine, packing
 from torchao_qig.tensor.linear import KERNELS, register_gradients, register_lowerings, use_decode
-from torchao_qig.tensor.lowering import ENOUGH
+from torchao_qig.tensor.lowering import MIN_ROWS_INT_MM
 
 DECODE_ROWS = 16  # up to here the decode form is faster on a CPU (benchmarks/kernels.py); CUDA's _int_mm takes no fewer
 
@@ -48,8 +48,8 @@ def integer_weight(qdata: Tensor, zero: Tensor, group_size: int) -> Tensor:
 def _int_mm(x: Tensor, w: Tensor) -> Tensor:
     """x (M, K) times w (N, K) transposed, int8 to int32, for any M."""
     m = x.shape[0]
-    if m == 0 or (x.device.type != "cpu" and m < ENOUGH):
-        x = torch.nn.functional.pad(x, (0, 0, 0, ENOUGH - m))
+    if m == 0 or (x.device.type != "cpu" and m < MIN_ROWS_INT_MM):
+        x = torch.nn.functional.pad(x, (0, 0, 0, MIN_ROWS_INT_MM - m))
     return torch._int_mm(x, w.t())[:m]
 
 

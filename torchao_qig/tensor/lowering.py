@@ -6,7 +6,7 @@ should be, for the C++ and the Triton backend alike, and leaves all options alon
 
 Decode. One reduction over units of 32 columns; output rows are the lanes. Per code: mask the word in place (no shift),
 convert to float, multiply-add with the activation, which was divided by 2**shift beforehand. Scale and zero are applied
-once per turn of the loop: sum (q - z) s x = s (sum q x - z sum x). Up to `ROWS` rows of x share the unpacking: they are
+once per turn of the loop: sum (q - z) s x = s (sum q x - z sum x). Up to `ROWS_PER_LOOP` rows of x share the unpacking: they are
 separate reductions of the same loop nest, which the scheduler fuses.
 
 Prefill. The weight is dequantized, transposed (columns, rows), by one loop with 32 stores, then multiplied by the matmul
@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from torchao_qig.tensor.packing import TILE, UNIT, Part, fields
+from torchao_qig.tensor.packing import TILE, UNIT, BitField, fields
 
-ROWS = 4  # rows of x per decode loop: more save little unpacking and cost compile time
-STEP = 2  # units per turn of the decode loop, for one row of x; more rows fill the turn by themselves
-SHORT = 16  # units up to which rows do not share: the C++ compiler unrolls so short a loop whole, four times over
-CHAINS = 2  # independent sums per unit, to hide the latency of multiply-add
-AT_ONCE = 8  # groups whose integer products are scaled and added up in one loop
-ENOUGH = 32  # rows for an accelerator's integer matmul, which takes more than 16
+ROWS_PER_LOOP = 4  # rows of x per decode loop: more save little unpacking and cost compile time
+UNITS_PER_TURN = 2  # units per turn of the decode loop, for one row of x; more rows fill the turn by themselves
+SHORT_ROW_UNITS = 16  # units up to which rows do not share: the C++ compiler unrolls so short a loop whole, four times over
+ACCUMULATORS = 2  # independent sums per unit, to hide the latency of multiply-add
+GROUPS_PER_LOOP = 8  # groups whose integer products are scaled and added up in one loop
+MIN_ROWS_INT_MM = 32  # rows for an accelerator's integer matmul, which takes more than 16
 SLICE_BYTES = 2**25  # of dequantized weight at a time: larger blocks come fresh from the system, page by page, on every call
 
 
@@ -39,17 +39,17 @@ def _prescale(bits: int) -> torch.Tensor:
     return torch.tensor([2.0 ** -parts[0].at if _in_place(parts) else 1.0 for parts in fields(bits)])
 
 
-def _in_place(parts: tuple[Part, ...]) -> bool:
+def _in_place(parts: tuple[BitField, ...]) -> bool:
     """Whether masking alone yields a non-negative int32 (the sign bit belongs to no such code)."""
     return len(parts) == 1 and parts[0].at + parts[0].width < 32
 
 
 def _columns_per_scale(units: int, group_size: int, rows: int) -> int:
-    """Half a unit where a group ends there; else one unit, or `STEP` where they divide the row and the group."""
+    """Half a unit where a group ends there; else one unit, or `UNITS_PER_TURN` where they divide the row and the group."""
     if group_size != -1 and group_size % UNIT:
         return UNIT // 2
-    whole = rows == 1 and units % STEP == 0 and (group_size == -1 or group_size % (STEP * UNIT) == 0)
-    return STEP * UNIT if whole else UNIT
+    whole = rows == 1 and units % UNITS_PER_TURN == 0 and (group_size == -1 or group_size % (UNITS_PER_TURN * UNIT) == 0)
+    return UNITS_PER_TURN * UNIT if whole else UNIT
 
 
 @lru_cache
@@ -68,7 +68,7 @@ def register() -> None:
         """a * b + c, in one instruction where this torch can say so."""
         return ops.fma(a, b, c) if hasattr(OpsHandler, "fma") else ops.add(ops.mul(a, b), c)
 
-    def code(words: Mapping[int, Any], parts: tuple[Part, ...]) -> Any:
+    def code(words: Mapping[int, Any], parts: tuple[BitField, ...]) -> Any:
         """A code as int32."""
         value = None
         for p in parts:
@@ -81,7 +81,7 @@ def register() -> None:
             value = piece if value is None else ops.bitwise_or(value, piece)
         return value
 
-    def code_in_place(words: Mapping[int, Any], parts: tuple[Part, ...]) -> Any:
+    def code_in_place(words: Mapping[int, Any], parts: tuple[BitField, ...]) -> Any:
         """A code as float, times 2**at where it need not be moved."""
         if not _in_place(parts):
             return as_float(code(words, parts))
@@ -114,7 +114,7 @@ def register() -> None:
         exact = dtype == torch.int32
         bits, tiles, units, _ = (int(n) for n in qdata.get_size())
         m = x.get_size()[0]
-        shared = 1 if units <= SHORT else min(int(m), ROWS) if m.is_number else ROWS
+        shared = 1 if units <= SHORT_ROW_UNITS else min(int(m), ROWS_PER_LOOP) if m.is_number else ROWS_PER_LOOP
         blocks = FloorDiv(m + shared - 1, shared)
         x = lowerings[aten.constant_pad_nd.default](x, [0, 0, 0, blocks * shared - m], 0.0)
         span = _columns_per_scale(units, group_size, shared)  # columns whose products are summed before scale and zero
@@ -135,12 +135,12 @@ def register() -> None:
                 words = [{i: word_at([i, tile, first + u, lane]) for i in range(bits)} for u in range(step)]
                 result = None
                 for start in range(0, step * UNIT, span):
-                    chains: list[Any] = [None] * CHAINS
+                    chains: list[Any] = [None] * ACCUMULATORS
                     for column in range(start, start + span):
                         u, j = divmod(column, UNIT)
                         value, factor = code_in_place(words[u], fields(bits)[j]), scaled_at([row, first + u, j])
-                        chain = chains[j % CHAINS]
-                        chains[j % CHAINS] = ops.mul(value, factor) if chain is None else multiply_add(value, factor, chain)
+                        chain = chains[j % ACCUMULATORS]
+                        chains[j % ACCUMULATORS] = ops.mul(value, factor) if chain is None else multiply_add(value, factor, chain)
                     at = [group_of(first, start, group_size), tile * TILE + lane]
                     block_sum = sums_at([row, FloorDiv(first * UNIT + start, span)])
                     shifted = multiply_add(as_float(zero_at(at)), block_sum, ops.add(*chains))
@@ -200,7 +200,7 @@ def register() -> None:
             return ops.bitwise_and(value(*at), ops.constant(15, torch.int32))
 
         def product(x: Any, *weights: Any) -> Any:
-            """With the weight, or with its halves."""
+            """The product with the weight, or with its two halves."""
             products = [lowerings[aten._int_mm.default](x, w) for w in weights]
             if len(products) == 1:
                 return products[0]
@@ -233,8 +233,8 @@ def register() -> None:
                 slices.append(product(x, *weights))
                 continue
             sums, starts = None, range(0, columns, group_size)
-            for group in range(0, len(starts), AT_ONCE):
-                sums = scaled([of_group(weights, start) for start in starts[group : group + AT_ONCE]], group, row, sums)
+            for group in range(0, len(starts), GROUPS_PER_LOOP):
+                sums = scaled([of_group(weights, start) for start in starts[group : group + GROUPS_PER_LOOP]], group, row, sums)
                 sums.realize()
             slices.append(sums)
         return lowerings[aten.cat.default](slices, 1) if len(slices) > 1 else slices[0]
@@ -257,7 +257,7 @@ def register() -> None:
             y = decode(codes, qdata, scale, zero, group_size, torch.int32 if whole_rows else torch.float32)
         else:
             m = codes.get_size()[0]  # export with a dynamic batch promises no number
-            more = 0 if codes.get_device().type == "cpu" or V.graph.sizevars.statically_known_gt(m, 16) else ENOUGH
+            more = 0 if codes.get_device().type == "cpu" or V.graph.sizevars.statically_known_gt(m, 16) else MIN_ROWS_INT_MM
             codes = lowerings[aten.constant_pad_nd.default](codes, [0, 0, 0, more], 0) if more else codes
             y = lowerings[aten.slice.Tensor](integer_prefill(codes, qdata, scale, zero, group_size, halves), 0, 0, m)
         y_at, x_scale_at, scale_at = y.make_loader(), x_scale.make_loader(), scale.make_loader()

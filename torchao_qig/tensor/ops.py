@@ -156,7 +156,7 @@ def _alike(tensors: Sequence[PackedIntTensor], names: Sequence[str], op: str) ->
 
 
 def _common(tensors: Sequence[PackedIntTensor], name: str, op: str) -> Tensor | None:
-    """A tensor that all must share."""
+    """The tensor that all arguments must share; raises where they differ."""
     values = [getattr(t, name) for t in tensors]
     if any((v is None) != (values[0] is None) for v in values) or (values[0] is not None and any(not torch.equal(v, values[0]) for v in values)):
         raise UserError(f"{op}: the tensors have different {name}; join them after dequantize()")

@@ -85,7 +85,7 @@ class PackedIntTensor(TorchAOBaseTensor):
         self.qdata, self.scale, self.zero_point, self.act_pre_scale = qdata, scale, zero_point, act_pre_scale
         self.bits, self.group_size, self.rows, self.columns = bits, group_size, rows, columns
         self.transposed, self.int8_activations = transposed, int8_activations
-        self._check(layout_version)
+        _check_shapes(self, layout_version)
         if checksum is not None:
             self._verify(checksum)
 
@@ -97,7 +97,7 @@ class PackedIntTensor(TorchAOBaseTensor):
         group_size: int = 128,
         symmetric: bool = False,
         dtype: torch.dtype | None = None,
-        official: bool = False,
+        paper_rules: bool = False,
         int8_activations: bool = False,
     ) -> "PackedIntTensor":
         """Round a dense weight (..., rows, columns) to nearest; `dtype` is that of the result (by default the weight's)."""
@@ -108,7 +108,7 @@ class PackedIntTensor(TorchAOBaseTensor):
             raise UserError(f"weight.shape={tuple(weight.shape)}: need a non-empty matrix or a stack of them")
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise UserError("the weight contains NaN or infinity; repair or exclude this layer")
-        scale, zero = affine.choose_qparams(weight, bits, group_size, symmetric, official, dtype)
+        scale, zero = affine.choose_qparams(weight, bits, group_size, symmetric, paper_rules, dtype)
         return cls.from_codes(affine.quantize(weight, scale, zero, bits, group_size), scale, zero, bits, group_size, int8_activations)
 
     @classmethod
@@ -148,23 +148,6 @@ class PackedIntTensor(TorchAOBaseTensor):
     def nbytes_packed(self) -> int:
         """Bytes that the data really takes."""
         return sum(t.numel() * t.element_size() for t in self.data_tensors())
-
-    def _check(self, layout_version: int) -> None:
-        """What a file could get wrong, so that it never becomes a wrong weight."""
-        if layout_version != packing.LAYOUT:
-            raise UserError(f"layout_version={layout_version}: this version reads packing layout {packing.LAYOUT}; install the torchao_qig that wrote the file")
-        affine.check_grid(self.bits, self.group_size)
-        tiles, units = packing.padded(self.rows, packing.TILE) // packing.TILE, packing.padded(self.columns, packing.UNIT) // packing.UNIT
-        if self.qdata.dtype != torch.int32 or tuple(self.qdata.shape[-4:]) != (self.bits, tiles, units, packing.TILE):
-            raise UserError(
-                f"qdata: expected int32 (..., {self.bits}, {tiles}, {units}, {packing.TILE}) for {self.bits} bits and"
-                f" {self.rows} x {self.columns} weights, got {self.qdata.dtype} {tuple(self.qdata.shape)}"
-            )
-        groups = 1 if self.group_size == -1 else -(-units * packing.UNIT // self.group_size)
-        stored = (*self.qdata.shape[:-4], groups, tiles * packing.TILE)
-        for name in ("scale", "zero_point"):
-            if tuple(getattr(self, name).shape) != tuple(stored):
-                raise UserError(f"{name}: expected shape {tuple(stored)}, got {tuple(getattr(self, name).shape)}")
 
     def _verify(self, checksum: int) -> None:
         if self.int8_activations:
@@ -214,7 +197,7 @@ class PackedIntTensor(TorchAOBaseTensor):
         """`__setstate__`: what torch.load and pickle call."""
         layout_version, checksum = state.pop("layout_version", packing.LAYOUT), state.pop("checksum", None)
         torch._utils._set_obj_state(self, state)
-        self._check(layout_version)
+        _check_shapes(self, layout_version)
         if checksum is not None:
             self._verify(checksum)
 
@@ -227,6 +210,24 @@ class PackedIntTensor(TorchAOBaseTensor):
             f"PackedIntTensor({self.bits} bits, {group}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{scaled}{activations},"
             f" {self.nbytes_packed():,} bytes = {bits_per_weight:.2f} bits per weight)"
         )
+
+
+def _check_shapes(w: PackedIntTensor, layout_version: int) -> None:
+    """Raise for data that do not fit each other, so that a damaged file never becomes a wrong weight."""
+    if layout_version != packing.LAYOUT:
+        raise UserError(f"layout_version={layout_version}: this version reads packing layout {packing.LAYOUT}; install the torchao_qig that wrote the file")
+    affine.check_grid(w.bits, w.group_size)
+    tiles, units = packing.padded(w.rows, packing.TILE) // packing.TILE, packing.padded(w.columns, packing.UNIT) // packing.UNIT
+    if w.qdata.dtype != torch.int32 or tuple(w.qdata.shape[-4:]) != (w.bits, tiles, units, packing.TILE):
+        raise UserError(
+            f"qdata: expected int32 (..., {w.bits}, {tiles}, {units}, {packing.TILE}) for {w.bits} bits and"
+            f" {w.rows} x {w.columns} weights, got {w.qdata.dtype} {tuple(w.qdata.shape)}"
+        )
+    groups = 1 if w.group_size == -1 else -(-units * packing.UNIT // w.group_size)
+    stored = (*w.qdata.shape[:-4], groups, tiles * packing.TILE)
+    for name in ("scale", "zero_point"):
+        if tuple(getattr(w, name).shape) != tuple(stored):
+            raise UserError(f"{name}: expected shape {tuple(stored)}, got {tuple(getattr(w, name).shape)}")
 
 
 def _check_integers(bits: int, zero: Tensor) -> None:

@@ -28,7 +28,7 @@ TILE = 16  # rows
 UNIT = 32  # columns
 
 
-class Part(NamedTuple):
+class BitField(NamedTuple):
     """`width` bits of a code: bits `at` .. of word `word` are the code's bits `to` .. ."""
 
     word: int
@@ -38,19 +38,19 @@ class Part(NamedTuple):
 
 
 @lru_cache
-def fields(bits: int) -> tuple[tuple[Part, ...], ...]:
+def fields(bits: int) -> tuple[tuple[BitField, ...], ...]:
     """Where each of a unit's 32 codes lies: one part for a code inside a word, more for one stitched from leftovers."""
     per_word = UNIT // bits
     spare = UNIT - per_word * bits  # unused bits at the top of each word
-    places: list[tuple[Part, ...]] = [(Part(j // per_word, (j % per_word) * bits, bits, 0),) for j in range(per_word * bits)]
+    places: list[tuple[BitField, ...]] = [(BitField(j // per_word, (j % per_word) * bits, bits, 0),) for j in range(per_word * bits)]
     for first in range(0, spare * bits, bits):
-        parts: list[Part] = []
+        parts: list[BitField] = []
         for bit in range(bits):
             word, offset = divmod(first + bit, spare)
             if parts and parts[-1].word == word:
                 parts[-1] = parts[-1]._replace(width=parts[-1].width + 1)
             else:
-                parts.append(Part(word, per_word * bits + offset, 1, bit))
+                parts.append(BitField(word, per_word * bits + offset, 1, bit))
         places.append(tuple(parts))
     return tuple(places)
 
@@ -76,7 +76,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.where(stacked >= 2**31, stacked - 2**32, stacked).to(torch.int32).contiguous()
 
 
-def unpack_field(words: Tensor, parts: tuple[Part, ...]) -> Tensor:
+def unpack_field(words: Tensor, parts: tuple[BitField, ...]) -> Tensor:
     """One column of every unit, (..., tile, unit, row), from words (..., bits, tile, unit, row)."""
     pieces = [((words.select(-4, p.word) >> p.at) & ((1 << p.width) - 1)) << p.to for p in parts]
     code = pieces[0]
