@@ -9,8 +9,6 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,10 @@ import torch
 from PIL import Image
 
 from tests.report.made import SIZES, write_json
+from tests.report.parsed import Page
 from torchao_qig import Calibration, report
 from torchao_qig.methods.per_sample import MODALITIES
 
-VOID = {"meta", "link", "img", "input", "br", "hr"}
 PARTS = {
     "calibration": "errors before and after",
     "sensitivity": "how much each token",
@@ -33,42 +31,6 @@ PARTS = {
     "bench": "speed and memory",
 }
 HOSTILE = "<script>alert(1)</script>"
-
-
-class Page(HTMLParser):
-    """Every element with its attributes and direct text; fails where tags do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[int] = []
-        self.elements: list[tuple[str, dict[str, str], list[str]]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {k: v or "" for k, v in attrs}, []))
-        if tag not in VOID:
-            self.open.append(len(self.elements) - 1)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {k: v or "" for k, v in attrs}, []))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.elements[self.open.pop()][0] == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open:
-            self.elements[self.open[-1]][2].append(data)
-
-    def all(self, tag: str, kind: str = "") -> Iterator[tuple[dict[str, str], str]]:
-        for name, attributes, text in self.elements:
-            if name == tag and (not kind or kind in attributes.get("class", "").split()):
-                yield attributes, "".join(text)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join("".join(t) for name, _, t in self.elements if name not in ("script", "style")).split())
 
 
 def page_of(directory: Path) -> Page:
