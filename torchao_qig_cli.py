@@ -1,7 +1,7 @@
 """`torchao-qig`, the command line. Exit codes: 0 done; 2 something in the input is wrong; 3 the quantized model is broken; 4 files cannot be
 written; 5 out of memory; 130 interrupted; 1 anything else, with a traceback.
 
-The file lies beside the package and imports it only where a command runs: importing torchao_qig imports torch, and `--help` answers without it."""
+This file lies beside the package and imports it only when a command runs: importing torchao_qig imports torch, which `--help` does not need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECIPES = ("PIL", "datasets", "matplotlib", "sklearn", "num2words", "jinja2", "m
 
 Model = Annotated[str | None, typer.Argument(help="directory, or name on the hub", show_default=False)]
 Method = Annotated[str | None, typer.Option(help="how to calibrate: default, rtn, awq, mbq, qig, qig-paper, gptq, ...", show_default=False)]
-Given = typer.Option(show_default=False)  # defaults are the recipe's
+Given = typer.Option(show_default=False)  # the default is that of the recipe
 
 
 def _fail(code: int, text: object) -> NoReturn:
@@ -29,7 +29,7 @@ def _fail(code: int, text: object) -> NoReturn:
 
 
 def _renamed(advice: str) -> Any:
-    """An option of before, which says what to write now."""
+    """A hidden option for a former name: whoever uses it gets `advice`, which says what to write now."""
 
     def refuse(given: str | None) -> None:
         if given is not None:
@@ -40,7 +40,7 @@ def _renamed(advice: str) -> Any:
 
 @contextmanager
 def _exiting_on_errors() -> Iterator[None]:
-    """Errors that a person can do something about, as one line and a code; others keep their traceback."""
+    """Show an error that the user can fix as one line, and exit with its code. Other errors keep their traceback."""
     try:
         with _naming_extras():
             yield
@@ -56,8 +56,8 @@ def _exiting_on_errors() -> Iterator[None]:
 
 
 def _code(error: Exception) -> int | None:
-    """None for what nobody but us can mend."""
-    if "torchao_qig" not in sys.modules:  # it, or torch, could not be imported
+    """The exit code for an error; None for a defect of ours, which keeps its traceback."""
+    if "torchao_qig" not in sys.modules:  # the package itself, or torch, could not be imported
         return None
     from safetensors import SafetensorError
 
@@ -76,7 +76,7 @@ def _code(error: Exception) -> int | None:
 
 @contextmanager
 def _naming_extras() -> Iterator[None]:
-    """Packages that are extras are asked for by name."""
+    """If an optional package is missing, exit and say how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -92,7 +92,7 @@ def _naming_extras() -> Iterator[None]:
 
 
 def _layers(config: list[Path] | None, settings: list[str] | None, flags: dict[str, Any]) -> Any:
-    """The recipe that files, `--set` and flags make."""
+    """The recipe made from files, `--set` and flags; later ones of these override earlier ones."""
     from torchao_qig.lvlm import recipe
 
     given = {k: v for k, v in flags.items() if v not in (None, [], ())}
@@ -121,7 +121,7 @@ def plan(
     modules: Annotated[list[str] | None, typer.Option(help="parts to quantize instead of the decoder's blocks")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="any other setting, key=value")] = None,
 ) -> None:
-    """What would be quantized, what not and why, bytes, memory and time. Reads the model's configuration only, not its weights."""
+    """Show what would be quantized, what would not and why, and bytes, memory and time. Reads the model's configuration, not its weights."""
     with _exiting_on_errors():
         from torchao_qig import plan as planned
         from torchao_qig.lvlm.load import shape_of
@@ -154,7 +154,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="stop after the plan")] = False,
     sensitivity: Annotated[str | None, _renamed("--sensitivity is --method now: awq, mbq, qig, default+qig, ...; or --set 'steps=[{equalize: {...}}]'")] = None,
 ) -> None:
-    """Calibrate, quantize, check and save: a directory that from_pretrained loads."""
+    """Calibrate, quantize and check a model, and save it in a directory that from_pretrained loads."""
     with _exiting_on_errors():
         flags = dict(
             model=model, output=output, calib=calib, images=images, bits=bits, group_size=group_size, int8_activations=int8_activations,
@@ -184,7 +184,7 @@ def evaluate(
     keep_packed: Annotated[bool, typer.Option("--keep-packed", help="slower, in less memory; the same numbers")] = False,
     reference: Annotated[str | None, _renamed("--reference is called --against, as in bench")] = None,
 ) -> None:
-    """Accuracy, NLL and divergence on a file of questions, or lmms-eval's tasks; the model card is brought up to date."""
+    """Measure accuracy, NLL and divergence on a file of questions, or lmms-eval's tasks. Brings the model card up to date."""
     with _exiting_on_errors():
         from torchao_qig.lvlm.evaluate import run
 
@@ -205,7 +205,7 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
     against_dtype: Annotated[str, typer.Option(help="of the full-precision model; auto: as stored")] = "bfloat16",
 ) -> None:
-    """Tokens per second, time to the first token, memory, size; the model card is brought up to date."""
+    """Measure tokens per second, time to the first token, memory and size. Brings the model card up to date."""
     with _exiting_on_errors():
         from torchao_qig.lvlm.bench import run
 
@@ -222,7 +222,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="file to write; OUT/qig/report/report.html")] = None,
     show: Annotated[bool, typer.Option("--open", help="open it in a browser")] = False,
 ) -> None:
-    """One HTML page: which tokens counted, errors before and after, bits, accuracy, size."""
+    """Write one HTML page: which tokens counted, errors before and after, bits, accuracy, size."""
     with _exiting_on_errors():
         page = import_module("torchao_qig.report").write(model, output)
         typer.echo(f"written: {page}")

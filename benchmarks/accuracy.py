@@ -1,11 +1,12 @@
-"""Every method at several settings on the small LVLM: accuracy, NLL, and KL to full precision, with paired intervals.
+"""Compares all methods at several settings on the small LVLM: accuracy, NLL, and KL to full precision, with paired intervals.
 
     python -m benchmarks.accuracy [--settings W3g128 ...] [--methods rtn awq ...] [--seeds 3] [--pictures 1000] [--name accuracy]
     python -m benchmarks.accuracy --beyond      # each piece of the default method, alone and together: results/beyond.*
 
-Each method but rounding is calibrated on `--seeds` different sets of 128 samples of a split of its own. Answers to each question
+Each method but rounding is calibrated on `--seeds` different sets of 128 samples of the calibration split. Answers to each question
 are kept in benchmarks/cache, with the seconds of the run that made them, so that a killed run continues and further methods can be
-added; results/NAME.json and .md hold the table. Differences are paired: the same questions, averaged over the seeds, pictures drawn with replacement.
+added. results/NAME.json and .md hold the table. Differences are paired: they are taken question by question, averaged over the seeds,
+and bootstrapped over pictures.
 """
 
 from __future__ import annotations
@@ -35,24 +36,26 @@ COLUMNS = ("picture", "tokens", "correct", "nll", "kl")
 
 
 def averaged(runs: list[Answers]) -> Answers:
-    """The seeds' mean, question by question."""
+    """The mean over the seeds, question by question."""
     first = runs[0]
     mean = {name: torch.stack([getattr(run, name).double() for run in runs]).mean(0) for name in ("correct", "nll", "kl")}
     return Answers(first.family, first.picture, first.tokens, **mean)
 
 
 class Bench:
+    """The full-precision model, its answers to the test questions, and a cache of the answers of quantized models."""
+
     def __init__(self, pictures: int) -> None:
         self.tokenizer, self.full = load()
         self.asked = batches(chosen("test", pictures), self.tokenizer)
         self.reference: list[Tensor] = []
         self.base = answer(self.full, self.asked, keep=self.reference)
         weights = zlib.crc32((WEIGHTS / "model.safetensors").read_bytes())
-        self.cache = HERE / "cache" / f"{weights:08x}-{pictures}"  # another model or test set has other answers
+        self.cache = HERE / "cache" / f"{weights:08x}-{pictures}"  # another model or test set has a cache of its own
         self.cache.mkdir(parents=True, exist_ok=True)
 
     def run(self, setting: str, grid: dict[str, Any], method: str, seed: int) -> tuple[Answers, float]:
-        """The answers of one quantized model and the seconds its making took."""
+        """The answers of one quantized model, and the seconds that quantizing took."""
         file = self.cache / f"{setting} {method} {seed}.safetensors".replace(" ", "-")
         if not file.exists():
             model, seconds = quantized(self.full, self.tokenizer, method, seed=seed, **grid)
@@ -82,7 +85,7 @@ HEAD = (
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table per setting, methods compared with QIG."""
+    """A table for each setting, in which the methods are compared with QIG."""
     full = result["full precision"]["all"]
     lines = [f"`{result['command']}`, {result['date']}, {result['device']}, {result['threads']} threads, torch {result['torch']}.", ""]
     lines += [f"Full precision: accuracy {percent(full['accuracy'])} %, NLL {full['nll'][0]:.4f} per token.", ""]

@@ -1,9 +1,10 @@
-"""Seconds of calibration per block, also in units of one float32 forward of that block over the same samples.
+"""Measures the seconds of calibration per block, also in units of one float32 forward of that block over the same samples.
 
-A Qwen2 of a few blocks with heavy-tailed random weights (hidden 896, mlp 4864, 14 heads, 2 of keys and values), 8 samples of 256 tokens.
-Every row runs in a process of its own, which measures the unit before and after and its peak memory. The last column is
-what the row's choice costs: in each group, the loss of its winner in an exhaustive float32 search (32 Riemann points, all candidates,
-all samples) above the smallest loss there; the largest over groups.
+The model is a Qwen2 of a few blocks with heavy-tailed random weights (hidden 896, mlp 4864, 14 heads, 2 of keys and values); there are
+8 samples of 256 tokens. Every row runs in a process of its own, which measures its peak memory, and the unit before and after calibration.
+The last column is the cost of the row's choices. An exhaustive float32 search (32 Riemann points, all candidates, all samples) gives the
+loss of every candidate. In each group, the cost is how far the loss of the row's winner is above the smallest loss. The column shows the
+largest cost over groups.
 
     python -m benchmarks.calibration --threads 2
 """
@@ -35,7 +36,7 @@ CONFIGS = {
 
 
 def build(layers: int, dtype: torch.dtype) -> hf.PreTrainedModel:
-    """Heavy-tailed weights and uneven norms, so that scales matter."""
+    """A Qwen2 with heavy-tailed weights and uneven norms, so that scales matter."""
     torch.manual_seed(0)
     config = hf.Qwen2Config(
         hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, vocab_size=VOCABULARY
@@ -55,7 +56,7 @@ def build(layers: int, dtype: torch.dtype) -> hf.PreTrainedModel:
 
 
 def unit(model: hf.PreTrainedModel, ids: torch.Tensor, repeats: int = 5) -> list[float]:
-    """Seconds of a block's float32 forward over all samples."""
+    """The seconds of a block's float32 forward over all samples, once for each repeat."""
     hidden = model.model.embed_tokens(ids)
     positions = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
     seconds = []
@@ -68,7 +69,7 @@ def unit(model: hf.PreTrainedModel, ids: torch.Tensor, repeats: int = 5) -> list
 
 
 def one(mode: str, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
-    """A row's figures and its choices."""
+    """Measure one row: its figures, and its choice in each group."""
     torch.set_num_threads(args.threads)
     ids = torch.randint(0, VOCABULARY, (args.samples, args.tokens), generator=torch.Generator().manual_seed(2))
     plain = build(1, torch.float32)

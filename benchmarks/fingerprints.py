@@ -1,10 +1,11 @@
-"""Checksums of what calibration decides, to show that a change of the code changes no result.
+"""Computes checksums of what calibration decides, to show that a change of the code changes no result.
 
     python -m benchmarks.fingerprints --output before.json      at the older commit
     python -m benchmarks.fingerprints --against before.json     at the newer one, on the same machine
 
-Seven configs on the small LVLM, 16 pictures each: scales, token weights, losses, chosen integers, bits and errors. Sums of floating-point numbers depend on the
-processor's vector units and on the number of threads, so checksums of two machines need not agree.
+Seven configs are calibrated on the small LVLM with 16 pictures. Checksums are of scales, token weights, losses, chosen integers, bits and
+errors. Sums of floating-point numbers depend on the processor's vector units and on the number of threads, so checksums of two machines need
+not agree.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CONFIGS = {
 
 
 def checksum(values: Any) -> int:
-    """Of numbers, texts and tensors in any nesting, bit for bit."""
+    """A checksum of numbers, texts and tensors in any nesting, bit for bit."""
     if isinstance(values, Tensor):
         return zlib.crc32(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()) if values.numel() else 0
     if isinstance(values, dict):
@@ -49,7 +50,7 @@ def checksum(values: Any) -> int:
 
 
 def fingerprint(found: Calibration) -> dict[str, int]:
-    """What a calibration decided, by kind of decision."""
+    """A checksum of what a calibration decided, for each kind of decision."""
     groups = [[g.label, g.linears, g.fold_kind, g.fold_into, g.winner, g.losses, g.scale, g.x_mean] for g in found.groups.values()]
     weights = {name: [w.bits, *w.data_tensors()] for name, w in found.weights.items()}
     parts = {"groups": groups, "tokens": found.tokens, "weights": weights, "grids": found.grids, "errors": found.squared_errors}

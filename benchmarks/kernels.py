@@ -1,9 +1,9 @@
-"""Packed linears against bf16 and fp32 `F.linear`, all compiled, in one run.
+"""Compares the speed of packed linears with that of bf16 and fp32 `F.linear`, all compiled, in one run.
 
     python -m benchmarks.kernels --threads 2 --name kernels_cpu_2threads
     python -m benchmarks.kernels --threads 2 --int8-activations --name kernels_w4a8_cpu_2threads    # integer products, one scale per row
 
-A call's overhead is amortised over a chain of linears in one compiled graph, each feeding the next, as in a model; the
+A call's overhead is amortised over a chain of linears in one compiled graph, each feeding the next, as in a model. The
 chain's weights rotate through so many copies that no cache holds them (`--rotate` bytes of packed weights). Every figure
 is the median over paired repeats. `bandwidth` is the packed bytes per second over the machine's measured read bandwidth.
 """
@@ -24,7 +24,7 @@ SHAPES = [(896, 896), (4864, 896), (896, 4864), (3584, 3584), (18944, 3584), (35
 
 
 def chained(x: Tensor, *weights: Tensor) -> Tensor:
-    """Each linear's input depends on the one before; the glue is the same for every kind of weight."""
+    """A chain of linears: the input of each depends on the one before. The operations between them are the same for every kind of weight."""
     for w in weights:
         y = F.linear(x, w)
         missing = x.shape[1] - y.shape[1]
@@ -33,6 +33,7 @@ def chained(x: Tensor, *weights: Tensor) -> Tensor:
 
 
 def rotating(run: Callable[..., Tensor], x: Tensor, weights: list[Tensor], length: int) -> Callable[[], None]:
+    """A function that runs `run` on x and the next `length` weights, over and over."""
     turns = cycle([weights[i : i + length] for i in range(0, len(weights), length)])
 
     def step() -> None:

@@ -1,11 +1,11 @@
-"""Bits where they matter: `bits="auto"` against the same number of bits everywhere, on the small LVLM.
+"""Compares `bits="auto"` with the same mean number of bits spread evenly, on the small LVLM.
 
     python -m benchmarks.pareto [--budgets 2.5 3 3.25 3.5 4] [--seeds 3] [--pictures 1000] [--method default]
 
-    python -m benchmarks.pareto --blocks          only: which blocks "auto" leaves at full precision
+    python -m benchmarks.pareto --blocks          only prints which blocks "auto" leaves at full precision
 
-"uniform" at 3.25 gives 4 bits to every fourth weight's linear, evenly over the decoder, and 3 to the rest. Both are calibrated and
-rounded by the same method. Protocol and cache as in benchmarks/accuracy.py; writes results/pareto.json, .md and .png.
+"uniform" at 3.25 bits gives 4 bits to linears with a fourth of the weights, evenly over the decoder, and 3 bits to the rest. Both are
+calibrated and rounded by the same method. Protocol and cache are those of benchmarks/accuracy.py. Writes results/pareto.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def evenly(model: nn.Module, budget: float) -> int | dict[str, int]:
-    """`budget` bits on average, without regard to what a linear does."""
+    """The bits for `budget` bits on average, spread evenly over the decoder: one number, or one for each linear."""
     low = math.floor(budget)
     if low == budget:
         return low
@@ -47,8 +47,8 @@ def evenly(model: nn.Module, budget: float) -> int | dict[str, int]:
 
 
 def blocks_left(full: nn.Module, tokenizer: Any, budget: float, seed: int) -> list[str]:
-    """The decoder's blocks of which "auto" quantizes nothing."""
-    config = QIGWeightOnlyConfig(bits="auto", budget=budget, group_size=128, method="rtn", verbose=False)  # chooses bits, nothing else
+    """The decoder's blocks in which "auto" quantizes nothing."""
+    config = QIGWeightOnlyConfig(bits="auto", budget=budget, group_size=128, method="rtn", verbose=False)  # without steps, only bits are chosen
     grids = calibrate(full, calibration_batches(tokenizer, seed=seed), config).grids
     layers = "model.language_model.layers"
     return [n for n, _ in full.get_submodule(layers).named_children() if not any(name.startswith(f"{layers}.{n}.") for name in grids)]

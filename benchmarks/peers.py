@@ -1,10 +1,10 @@
-"""Other tools on the small LVLM: the same weights, calibration samples, grid and test questions, each tool in a process of its own.
+"""Compares other tools with ours on the small LVLM: the same weights, calibration samples, grid and test questions.
 
     pip install -r benchmarks/requirements-peers.txt -e .      # an environment of its own: other versions than the tested set
     python -m benchmarks.peers [--settings W3g128 W2g64] [--tools ours auto-round ...] [--seed 0] [--pictures 1000]
 
-Accuracy, KL to full precision, seconds and peak memory of the quantizing process. A tool that fails is listed with its error.
-Writes results/peers.json and .md.
+Each tool quantizes in a process of its own. The table has accuracy, KL to full precision, and the seconds and peak memory of quantizing.
+A tool that fails is listed with its error. Writes results/peers.json and .md.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def auto_round(model: nn.Module, data: Batches, bits: int, group_size: int) -> n
     return rounding.quantize()[0]
 
 
-# its own patterns meet the linears of the vision tower first
+# llm-compressor's own patterns would match the linears of the vision tower first
 LAYER = "re:.*language_model.layers.*"
 MAPPINGS = [
     {"smooth_layer": f"{LAYER}input_layernorm$", "balance_layers": [f"{LAYER}{name}_proj$" for name in "qkv"]},
@@ -132,7 +132,7 @@ PACKAGES = ("torch", "torchao", "transformers", "auto-round", "llmcompressor", "
 
 
 def one(tool: str, setting: str, seed: int, pictures: int) -> dict[str, Any]:
-    """In a process of its own, whose memory is the tool's."""
+    """Quantize with one tool and measure the result. Runs in a process of its own, so that the peak memory is the tool's."""
     tokenizer, model = load()
     data = calibration_batches(tokenizer, 128, seed)
     full = copy.deepcopy(model)

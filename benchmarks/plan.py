@@ -1,6 +1,6 @@
-"""What `torchao_qig.plan` says a calibration will take, beside what it took: memory beyond the model, and seconds.
+"""Compares what `torchao_qig.plan` says a calibration will take with what it took: memory beyond the model, and seconds.
 
-Qwen2s of two blocks with random weights. Every row runs in a process of its own, whose memory before calibration is subtracted.
+The models are Qwen2s of two blocks with random weights. Every row runs in a process of its own, whose memory before calibration is subtracted.
 
     python -m benchmarks.plan --threads 2
 """
@@ -32,11 +32,12 @@ CONFIGS: dict[str, Any] = {
 
 
 def resident() -> int:
-    """Bytes of memory that the process has now."""
+    """The bytes of memory that the process has now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def one(shape: str, amount: str, name: str, threads: int) -> dict[str, Any]:
+    """Measure one row: what the plan says, and what the calibration takes."""
     torch.set_num_threads(threads)
     (hidden, inner), (samples, tokens) = SHAPES[shape], AMOUNTS[amount]
     config = hf.Qwen2Config(
@@ -46,7 +47,7 @@ def one(shape: str, amount: str, name: str, threads: int) -> dict[str, Any]:
     model = hf.Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     batches = [{"input_ids": torch.randint(0, 1000, (8, tokens))} for _ in range(samples // 8)]
     with torch.no_grad():
-        model(**batches[0])  # what any use of the model takes
+        model(**batches[0])  # memory that any use of the model takes is not counted
     chosen = CONFIGS[name](batches)
     said = torchao_qig.plan(model, chosen).need
     assert said is not None

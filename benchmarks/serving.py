@@ -1,7 +1,7 @@
-"""Serving: a text model of 0.5 B-like blocks at 3 bits beside itself in bf16, through `torchao_qig.lvlm.bench`.
+"""Compares serving a text model at 3 bits with serving it in bf16, through `torchao_qig.lvlm.bench`.
 
-Blocks of hidden size 896 (mlp 4864, 14 heads, 2 of keys and values) with random weights, a vocabulary of 1000. Also how often anything is compiled
-anew over five prompts of other lengths after the warm-up.
+The model has blocks like those of a 0.5 B model, of hidden size 896 (mlp 4864, 14 heads, 2 of keys and values), with random weights, and a
+vocabulary of 1000. Also counts how often anything is compiled anew over five prompts of other lengths after the warm-up.
 
     python -m benchmarks.serving --threads 2
 """
@@ -30,7 +30,7 @@ LENGTHS = (5, 40, 90, 200, 333)  # words
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
-    """Bytes, and fillers."""
+    """A tokenizer of single bytes, with unused tokens that fill up the vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {token: i for i, token in enumerate(["<end>", *alphabet, *(f"<{i}>" for i in range(VOCABULARY - 1 - len(alphabet)))])}
     backend = Tokenizer(models.BPE(words, []))
@@ -39,7 +39,7 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
 
 
 def checkpoints(folder: Path, layers: int, bits: int) -> tuple[Path, Path]:
-    """The quantized directory and the full one."""
+    """Write the model quantized and in full precision. Returns the two directories in this order."""
     torch.manual_seed(0)
     config = hf.Qwen2Config(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14, num_key_value_heads=2, vocab_size=VOCABULARY,
@@ -56,7 +56,7 @@ def checkpoints(folder: Path, layers: int, bits: int) -> tuple[Path, Path]:
 
 
 def recompiled(directory: str, threads: int) -> dict[str, float]:
-    """Graphs of the warm-up, and more over prompts of other lengths."""
+    """The number of graphs compiled in the warm-up, the number compiled later for prompts of other lengths, and the seconds of the warm-up."""
     torch.set_num_threads(threads)
     model, processor = load_model(directory), load_processor(directory)
     serve.compiled(model)

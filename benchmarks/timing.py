@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: paired medians, the machine's description, results as JSON and Markdown."""
+"""What the benchmarks share: paired timings, the machine's description, results as JSON and Markdown."""
 
 import json
 import platform
@@ -21,7 +21,7 @@ def wait(device: str) -> None:
 
 
 def paired_seconds(runs: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of every repeat, the candidates taking turns, so that a noisy moment hits all of them."""
+    """The seconds of every repeat of each run. The runs take turns, so that a noisy moment hits all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -36,6 +36,7 @@ def paired_seconds(runs: dict[str, Callable[[], object]], repeats: int, device: 
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """The median of slow / fast over paired repeats."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
@@ -46,7 +47,7 @@ def read_bandwidth(device: str = "cpu", size: int = 2**29) -> float:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a reader needs to place the figures."""
+    """The date, the command, the device and the versions with which figures were measured."""
     import torchao
 
     from torchao_qig.lvlm.bench import device_name
@@ -67,14 +68,14 @@ def header(columns: Sequence[str]) -> list[str]:
 
 
 def store(name: str, result: dict[str, Any], markdown: str) -> None:
-    """results/<name>.json and .md."""
+    """Write results/<name>.json and .md."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / f"{name}.md").write_text(markdown)
 
 
 def write(name: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Rows as they are, with the command that made them."""
+    """Store rows as a table without further changes, with `about` (the command, the machine) above it."""
     columns = list(rows[0])
     table = [columns, ["---"] * len(columns), *[[str(row.get(c, "")) for c in columns] for row in rows]]
     head = "\n".join(f"- {key}: {value}" for key, value in about.items())

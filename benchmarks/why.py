@@ -1,10 +1,10 @@
-"""Why the methods that search equalization scales end so near to each other: what the token weights look like, and what they change.
+"""Shows why the methods that search equalization scales end so near to each other: how token weights look, and what they change.
 
     python -m benchmarks.why [--setting W3g128] [--samples 128]
 
-One calibration of the small LVLM per method, no evaluation. For each: how few tokens carry the weights, at how many groups the
-choice differs from that of uniform weights, and what uniform weights' choice would cost under the method's own loss. Writes
-results/why.json.
+The small LVLM is calibrated once for each method and not evaluated. The figures of a method are how few tokens carry the weights, in
+how many groups its choice differs from that of uniform weights, and what the choice of uniform weights would cost by the method's own
+loss. Writes results/why.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCALES = {
 
 
 def effective_share(calibration: Calibration, label: str) -> float:
-    """Tokens that would carry a mean as well as the weighted ones, if weighted equally; as part of all: (sum w)^2 / (n sum w^2)."""
+    """The effective number of tokens as a share of all tokens, (sum w)^2 / (n sum w^2): 1 if all weights are equal, 1 / n if one has everything."""
     w = torch.cat([w[m > 0] for w, m in zip(calibration.token_weights(label).weights, calibration.modality, strict=True)]).double()
     return float(w.sum() ** 2 / (w.square().sum() * len(w)))
 
@@ -40,7 +40,7 @@ def effective_share(calibration: Calibration, label: str) -> float:
 def compared(found: Calibration, uniform: Calibration) -> dict[str, Any]:
     groups = found.groups
     moved = [label for label, group in groups.items() if group.ratio != uniform.groups[label].ratio]
-    # the method's loss of the uniform choice, over its own choice; only where it looked at that candidate
+    # the method's loss with the uniform choice relative to its own choice, for groups in which it computed the loss of that candidate
     cost = [
         group.losses[uniform.groups[label].winner] / group.loss - 1 for label, group in groups.items() if uniform.groups[label].winner in group.losses
     ]  # fmt: skip

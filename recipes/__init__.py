@@ -1,5 +1,5 @@
-"""Short scripts that wire torchao_qig to models; no logic of their own."""
+"""Short scripts that use torchao_qig on models. The scripts have no logic of their own."""
 
 from importlib import import_module
 
-import_module("torchao_qig")  # before transformers, which imports torchao: it keeps back what that says about itself
+import_module("torchao_qig")  # before transformers, which imports torchao: torchao_qig suppresses what torchao logs on import

@@ -1,4 +1,4 @@
-"""What a calibration would see of your samples, without a model: rows, bad rows, tokens, padding.
+"""Shows what a calibration would see of your samples: rows, bad rows, tokens, padding. No model is loaded.
 
     python -m recipes.data --model MODEL --calib FILE [--images DIR] [--count 128]
 

@@ -1,11 +1,11 @@
-"""Quantizes the small LVLM that comes with the repository and prints what that costs and gains.
+"""Quantizes the small LVLM that comes with the repository, and prints what quantizing costs and gains.
 
     torchao-qig demo [--bits 3] [--samples 128] [--pictures 250] [--no-speed]
 
-Full precision, rounding to nearest, QIG's scales, and the default (integers chosen by compensation) side by side: accuracy, NLL
-and KL on test questions that the model has never seen, bytes of the decoder's linears, tokens per second of the compiled
-decoder, and one question with its picture (written to demo.png). Then the default model is saved and loaded again by plain
-`from_pretrained`.
+Compares full precision, rounding to nearest, QIG's scales, and the default (integers chosen by compensation). Prints accuracy,
+NLL and KL on test questions that the model has never seen, bytes of the decoder's linears, tokens per second of the compiled
+decoder, and the answers to one question about a picture (written to demo.png). Then the default model is saved and loaded again
+by plain `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def decoder_bytes(model: nn.Module) -> int:
 
 
 def as_stored(model: nn.Module) -> nn.Module:
-    """A copy in bfloat16; buffers keep their dtype, as loading keeps it: rotary frequencies would lose digits."""
+    """A copy of the model in bfloat16. Buffers keep their dtype, as they do on loading, since rotary frequencies would lose digits."""
     model = copy.deepcopy(model)
     kept = [buffer.clone() for buffer in model.buffers()]
     model.to(torch.bfloat16)
@@ -52,7 +52,7 @@ def as_stored(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def tokens_per_second(models: dict[str, nn.Module], repeats: int = 50) -> dict[str, float]:
-    """One decode step of the decoders, the models taking turns."""
+    """The tokens per second of each model's compiled decoder. Single decode steps are timed, the models taking turns."""
     steps = {name: as_stored(model.model.language_model) for name, model in models.items()}  # type: ignore[union-attr, arg-type]
     for step in steps.values():
         for layer in step.layers:  # type: ignore[union-attr]
@@ -64,7 +64,7 @@ def tokens_per_second(models: dict[str, nn.Module], repeats: int = 50) -> dict[s
 
 @torch.no_grad()
 def say(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, sample: Sample, question: str) -> str:
-    """The greedy answer."""
+    """The model's greedy answer to a question about the sample's picture."""
     batch = inputs(tokenizer, [sample.pixels], [question])
     new = model.generate(**batch, max_new_tokens=64, do_sample=False)[0, batch["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()

@@ -1,13 +1,13 @@
-"""Evaluates an LVLM on the small LVLM's test questions, beside its full-precision self.
+"""Evaluates the small LVLM, or a checkpoint of it, on its test questions, and compares it with the shipped full-precision model.
 
     python -m recipes.evaluate                               # the shipped model
     python -m recipes.evaluate --bits 3 --method qig         # quantized, with the divergence from the shipped one
     python -m recipes.evaluate FOLDER --pictures 200         # a saved checkpoint of it
 
-One forward pass per picture gives everything: the questions share their picture without seeing each other (small_lvlm/model.py),
-and greedy decoding answers exactly right if and only if every token of the answer is the likeliest one after those before it. So
-"accuracy" is that of greedy decoding with exact match. Intervals are 95 %, bootstrapped over pictures, since questions about
-one picture are not independent.
+One forward pass per picture gives all measures. The questions about a picture share it without seeing each other
+(small_lvlm/model.py). "Accuracy" is that of greedy decoding with exact match: greedy decoding answers exactly right if and only if
+every token of the answer is the likeliest one after the tokens before it. Intervals are 95 %, bootstrapped over pictures, since
+questions about one picture are not independent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torchao_qig.lvlm.evaluate import interval
 
 @dataclass
 class Answers:
-    """What a model makes of some questions, one entry per question. Sums over an answer's tokens, in nats."""
+    """A model's results on some questions, one entry per question. `nll` and `kl` are sums over the answer's tokens, in nats."""
 
     family: list[str]
     picture: Tensor
@@ -41,6 +41,7 @@ class Answers:
     kl: Tensor  # to the reference; NaN without one
 
     def of(self, families: Sequence[str]) -> Answers:
+        """The results on questions of these families alone."""
         keep = torch.tensor([family in families for family in self.family])
         return Answers([f for f in self.family if f in families], *(getattr(self, name)[keep] for name in ("picture", "tokens", "correct", "nll", "kl")))
 
@@ -61,7 +62,13 @@ def answer(
     shuffle: bool = False,
     progress: bool = True,
 ) -> Answers:
-    """Asks all questions. `keep` collects the log-probabilities that another model's `reference` needs; `shuffle` shows wrong pictures."""
+    """Ask a model all questions of packed batches.
+
+    Args:
+        reference: another model's log-probabilities, which the KL is computed to.
+        keep: a list that collects this model's log-probabilities, for use as a `reference`.
+        shuffle: show every question with a wrong picture.
+    """
     columns: dict[str, list[Tensor]] = {name: [] for name in ("picture", "tokens", "correct", "nll", "kl")}
     family: list[str] = []
     first = 0
@@ -93,7 +100,7 @@ def answer(
 
 
 def scores(answers: Answers) -> dict[str, Any]:
-    """Accuracy by family and over all questions but captions; NLL and KL per token of the answers; each with its interval."""
+    """Accuracy, and NLL and KL per token of the answers, each with its interval: by family, and over all questions but captions ("all")."""
     asked = answers.of(FAMILIES)
     result: dict[str, Any] = {"questions": len(asked.family), "pictures": len(asked.picture.unique())}
     for name, part in (*((family, answers.of([family])) for family in (*FAMILIES, "caption")), ("all", asked)):

@@ -1,4 +1,4 @@
-"""lmms-eval on the small LVLM and its own task, offline (`torchao-qig evaluate --tasks` does the same for any LVLM):
+"""Runs lmms-eval on the small LVLM and its own task, offline. `torchao-qig evaluate --tasks` does the same for any LVLM.
 
     python -m recipes.lmms [--bits 3] [--method default] [--limit 200]
 
@@ -31,7 +31,7 @@ TASK = Path(__file__).parent / "small_lvlm" / "lmms"
 
 
 def export(folder: Path, pictures: int) -> Path:
-    """The test questions as a parquet file and the task's YAML that reads it."""
+    """Write the task into `folder`: the test questions as a parquet file, and the YAML that reads it. Returns `folder`."""
     rows: list[dict[str, Any]] = []
     for one in chosen("test", pictures):
         buffer = io.BytesIO()

@@ -1,9 +1,9 @@
-"""A checkpoint that answers questions about a picture, compiled, as text that comes while it is made.
+"""Serves a compiled checkpoint that answers questions about a picture. The text appears while it is generated.
 
     python -m recipes.serve OUT --image dog.png --question "What is it?" [--max-length 2048] [--no-compile]
 
-Without `--question` every line of standard input is one; an empty line ends. Questions do not see the ones before. Tokens per second go to
-standard error.
+Without `--question`, every line of standard input is a question, and an empty line ends the program. A question does not see the ones before
+it. Tokens per second go to standard error.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""The table of sizes in each family's README, from the shapes of its published models:
+"""Writes the table of sizes in each family's README, from the shapes of its published models.
 
     python -m recipes.sizes            # writes the tables, prints how long calibration would take on this machine
     python -m recipes.sizes --check    # only says whether they are up to date (exit code 1: no)
 
-A model is built on the meta device from recipes/<family>/shapes.yaml: every linear as in the published one, no weights. What would happen
-to it is what `torchao_qig.plan` says for recipes/<family>/w3a16.yaml and w4a8.yaml.
+A model is built on the meta device from recipes/<family>/shapes.yaml, with every linear of the published model but without weights.
+`torchao_qig.plan` then says what the recipes recipes/<family>/w3a16.yaml and w4a8.yaml would make of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FOOT = "GiB, whole model; behind the slash what calibration needs beside the bfl
 
 @dataclass
 class Size:
-    """Of one model under one recipe; bytes, and seconds on this machine."""
+    """One model under one recipe: its bytes before and after, and the bytes and seconds (on this machine) that calibration needs."""
 
     before: int
     after: int
@@ -49,13 +49,13 @@ def families() -> list[str]:
 
 
 def shapes(family: str) -> list[dict[str, Any]]:
-    """Published models: `model`, `billions` of parameters, `config`, and `settings` that it needs beside the recipe."""
+    """The published models of a family: `model`, `billions` of parameters, `config`, and `settings` that it needs beside the recipe."""
     found: list[dict[str, Any]] = yaml.safe_load((HERE / family / "shapes.yaml").read_text())
     return found
 
 
 def build(config: dict[str, Any]) -> nn.Module:
-    """On the meta device, in bfloat16, as such models are published."""
+    """The model with this configuration, on the meta device and in bfloat16, as such models are published."""
     made = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
         model: nn.Module = auto_class(made).from_config(made, dtype=torch.bfloat16)
@@ -70,12 +70,12 @@ def size(model: nn.Module, path: Path, settings: dict[str, Any]) -> Size:
 
 
 def settings_for(name: str, shape: dict[str, Any]) -> dict[str, Any]:
-    """Beside the recipe; W4A8 has a scale per row and so no group size."""
+    """The settings that a model needs beside a recipe. W4A8 needs none: it has a scale per row and so no group size."""
     return dict(shape.get("settings", {})) if name == "w3a16" else {}
 
 
 def table(family: str) -> tuple[str, list[str]]:
-    """Markdown, and a line per model about time."""
+    """A family's table in Markdown, and a line per model about the time of calibration."""
     lines = [HEAD.format(columns=" | ".join(name.upper() for name in RECIPES), rules=" | ".join("---" for _ in RECIPES))]
     times = []
     for shape in shapes(family):
@@ -98,7 +98,7 @@ def told(settings: dict[str, Any]) -> str:
 
 
 def with_table(text: str, made: str) -> str:
-    """A README's text with this table between the marks."""
+    """A README's text with the table `made` between the marks BEGIN and END."""
     pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"the README has no place for the table; write these two lines into it once:\n{BEGIN}\n{END}")

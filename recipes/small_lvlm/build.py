@@ -1,11 +1,11 @@
-"""Trains the small LVLM and writes it to `weights/`; or verifies what is there.
+"""Trains the small LVLM and writes it to `weights/`, or verifies the model that is there.
 
     python -m recipes.small_lvlm.build             # half an hour on a CPU; a killed run continues
     python -m recipes.small_lvlm.build --verify    # recomputes the shipped model's test accuracy and its data's checksum
     python -m recipes.small_lvlm.build --seed 1 --output /tmp/rebuilt    # another model, elsewhere
 
-`weights/` then holds what transformers loads (bfloat16), the training log, and card.json: the accuracy, the checksum of the test
-data, the command, the time and the machine.
+`weights/` then holds the checkpoint that transformers loads (bfloat16), the training log, and card.json: the accuracy, the checksum of
+the test data, the command, the time and the machine.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from recipes.small_lvlm.model import ROW, WEIGHTS, load, new_model, new_tokenize
 from recipes.small_lvlm.training import check, train
 from recipes.small_lvlm.worlds.canvas import SIDE
 
-PICTURES = 1000  # of the test split
-TOLERANCE = 0.003  # of the accuracy: other processors round otherwise
+PICTURES = 1000  # pictures of the test split
+TOLERANCE = 0.003  # tolerance of the accuracy: other processors round differently
 
 
 def checksum(count: int = PICTURES) -> str:
-    """Of the test pictures, questions and answers."""
+    """The checksum of the test pictures, questions and answers."""
     digest = hashlib.sha256()
     for sample in chosen("test", count):
         digest.update(sample.pixels.tobytes())
@@ -56,7 +56,7 @@ def save(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTok
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """Test accuracy, and the NLL where every picture is swapped for another."""
+    """The test accuracy, and the NLL if every question is asked about another picture."""
     tokenizer, model = load(folder)
     asked = batches(chosen("test", PICTURES), tokenizer)
     right = scores(answer(model, asked))

@@ -1,7 +1,7 @@
 """Pictures with questions, by number: `sample("test", 7)` is the same on every machine.
 
-A scene belongs to the split that its description's checksum names, so no scene of one split occurs in another, whatever the
-seeds; handwritten digits of the training split are other images than those of the rest.
+The checksum of a scene's description decides which split the scene belongs to. So no scene of one split occurs in another, whatever
+the seeds. The training split has other images of handwritten digits than the other splits.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Question:
 class Sample:
     pixels: np.ndarray  # (side, side, 3), uint8
     questions: tuple[Question, ...]
-    patches: list[Mark]  # what each shows
+    patches: list[Mark]  # what each patch shows
     scene: str  # the description, as text
 
 
 def scene_of(split: str, rng: random.Random) -> tuple[object, object]:
-    """A kind of picture and a random one of it that belongs to the split."""
+    """A kind of picture, and a random scene of that kind that belongs to the split."""
     world = rng.choice(WORLDS)
     while True:
         scene = world.describe(rng, split != "train") if world is digits else world.describe(rng)

@@ -5,8 +5,8 @@ Everything that transformers needs is in one folder, `weights/`. A sample is lai
     <|user|> <image> x 105  question <|assistant|> answer <|end|>
 
 105 = 49 patches of the whole picture, 49 of its only tile, and one newline for each of the tile's seven rows. Several questions
-about one picture can share the picture (`pack`): each sees the picture and itself alone, at the positions it would have alone,
-so the logits are those of separate samples at a third of the cost.
+about one picture can share the picture (`pack`). Each question sees only the picture and itself, at the positions that it would have
+in a sample of its own, so the logits are those of separate samples at a third of the cost.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEMPLATE = (
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte pairs of the training split's questions; letters and digits that are to be read stay single pieces."""
+    """A byte-pair tokenizer for the training split. Letters and digits that are to be read stay single tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
@@ -94,7 +94,7 @@ class Packed:
     pictures: Tensor  # (pictures, side, side, 3), bytes
 
     def mask(self) -> Tensor:
-        """(pictures, 1, length, length): what may look where."""
+        """The attention mask (pictures, 1, length, length): which position may attend to which."""
         s = self.segment
         length = s.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -105,12 +105,12 @@ class Packed:
         return Packed(*(getattr(self, field.name)[first:last] for field in fields(self)))
 
     def without_base(self) -> Packed:
-        """The same with the whole picture's tokens left out, which show what its tile's show: a cheaper start of training."""
+        """The batch without the tokens of the whole picture, which show the same as those of its tile. Training starts cheaper with it."""
         keep = torch.tensor([*range(1), *range(1 + ROW * ROW, self.ids.shape[1])])
         return Packed(*(getattr(self, name)[:, keep] for name in ("ids", "segment", "positions", "answer", "target")), self.pictures)
 
     def keywords(self) -> dict[str, Tensor]:
-        """What the model's forward takes."""
+        """The keyword arguments of the model's forward."""
         return {
             "input_ids": self.ids, "attention_mask": self.mask(), "position_ids": self.positions, "pixel_values": pixel_values(self.pictures),
             "image_sizes": torch.full((len(self.ids), 2), SIDE),
@@ -118,7 +118,7 @@ class Packed:
 
 
 def pack(samples: list[Sample], tokenizer: PreTrainedTokenizerFast, length: int | None = None) -> Packed:
-    """Samples with their questions side by side; those that do not fit into `length` are left out."""
+    """Pack samples, with their questions side by side. Questions that do not fit into `length` are left out."""
     user, assistant, end, image = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "<|end|>", "<image>"])
     rows = []
     for one in samples:
@@ -141,7 +141,7 @@ def pack(samples: list[Sample], tokenizer: PreTrainedTokenizerFast, length: int 
 
 
 def inputs(tokenizer: PreTrainedTokenizerFast, pixels: list[np.ndarray], questions: list[str], answers: list[str] | None = None) -> dict[str, Tensor]:
-    """A padded batch of one question each, as the model takes it; with answers, labels for them."""
+    """The model's inputs for one question about each picture, padded. With `answers`, they include labels for the answers."""
     prompts = tokenizer([f"<|user|>{'<image>' * IMAGE_TOKENS} {question}<|assistant|>" for question in questions], add_special_tokens=False)["input_ids"]
     ends: list[list[int]] = [[]] * len(prompts)
     if answers is not None:
@@ -159,7 +159,7 @@ def inputs(tokenizer: PreTrainedTokenizerFast, pixels: list[np.ndarray], questio
 
 
 def load(folder: Path | str = WEIGHTS, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedTokenizerFast, LlavaOnevisionForConditionalGeneration]:
-    """The tokenizer and the model of a folder."""
+    """The tokenizer and the model of a checkpoint's folder."""
     if not (Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"folder={str(folder)!r}: no checkpoint is there; python -m recipes.small_lvlm.build trains the small LVLM")
     return PreTrainedTokenizerFast.from_pretrained(folder), LlavaOnevisionForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()

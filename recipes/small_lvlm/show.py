@@ -1,4 +1,4 @@
-"""Pictures of what QIG is about, on the small LVLM: outliers in its activations, and how much each kind of token counts.
+"""Draws what QIG is about, on the small LVLM: outliers in its activations, and how much each kind of token counts.
 
     python -m recipes.small_lvlm.show [--bits 3] [--output docs/small_lvlm]
 
@@ -47,7 +47,10 @@ def activations(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, T
 
 
 def gradients(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, float]]:
-    """Per block and kind of token: the mean norm of the answers' NLL's gradient at the block's input, 1 being that of all tokens."""
+    """For each block and kind of token, the mean norm of the gradient at the block's input, divided by that of all tokens.
+
+    The gradient is that of the answers' NLL.
+    """
     norms: list[dict[str, list[Tensor]]] = []
     for batch in batches:
         hidden: list[Tensor] = []

@@ -1,8 +1,8 @@
 """Training of the small LVLM: first the tower alone, on what each patch shows; then everything, on the answers.
 
-The tower's stage is a stand-in for the pretraining that a real LVLM's tower brings along; its linear heads are thrown away. So is a
-loss that pulls each patch towards the words for what it shows, as towers trained on captions have it, while answers are learned.
-A step's questions share their picture (model.pack). The picture and its only tile are the same pixels, so the tower computes
+The first stage stands in for the pretraining of a real LVLM's tower. Its linear heads are not kept in the model. In the second stage, a
+further loss pulls each patch towards the words for what it shows. It stands in for a tower's training on captions.
+The questions of a step share their picture (model.pack). The picture and its only tile are the same pixels, so the tower computes
 them once here; `check` compares the result with the model's own forward before anything is trained.
 """
 
@@ -34,13 +34,13 @@ COLOR = ["nothing", *COLORS, *maps.TERRAIN]
 UNSAID = ("nothing", "cell", "bar", "point", "digit")
 PLACES = 7  # no place, and up to six rows or columns
 HEADS = [len(WHAT), len(COLOR), PLACES, PLACES]
-MUON = 10.0  # its rate over that of AdamW
-BASE_FROM = 0.8  # of the steps: from then on with both copies of the picture
-LENGTH = 256  # tokens of a picture and the questions about it that a step asks
+MUON = 10.0  # Muon's learning rate divided by AdamW's
+BASE_FROM = 0.8  # after this share of the steps, the decoder gets both copies of the picture
+LENGTH = 256  # tokens of a picture and the questions about it in a step
 
 
 class Batches(Dataset):  # type: ignore[type-arg]
-    """Batch i of the training split: pictures, the index of what each patch shows, and with a tokenizer the packed questions."""
+    """Batch i of the training split: pictures, indices of what each patch shows, and the packed questions if there is a tokenizer."""
 
     def __init__(self, first: int, size: int, tokenizer: PreTrainedTokenizerFast | None) -> None:
         self.first, self.size, self.tokenizer = first, size, tokenizer
@@ -53,14 +53,14 @@ class Batches(Dataset):  # type: ignore[type-arg]
 
 
 def shuffled(one: Sample, seed: int) -> Sample:
-    """Its questions in another order: the first ones fit."""
+    """The sample with its questions in another order, since only the first ones fit into a step."""
     questions = list(one.questions)
     random.Random(f"order {seed}").shuffle(questions)
     return replace(one, questions=tuple(questions))
 
 
 def said(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """For everything that a patch may show, and for its color: which tokens name it, (things, vocabulary)."""
+    """Which tokens name each thing that a patch may show, and which tokens name each color: two tables (names, vocabulary) of 0 and 1."""
 
     def named(names: list[str]) -> Tensor:
         table = torch.zeros(len(names), len(tokenizer))
@@ -92,13 +92,13 @@ def decode(decoder: nn.Module, embeddings: Tensor, mask: Tensor, positions: Tens
 
 
 def logits(model: LlavaOnevisionForConditionalGeneration, batch: Packed, features: Tensor, run: Callable[..., Tensor] = decode) -> Tensor:
-    """At the positions that an answer's token follows; `run` is `decode`, or it compiled."""
+    """The logits at the positions before an answer's tokens. `run`: `decode`, compiled or not."""
     return model.lm_head(run(model.model.language_model, embedded(model, batch.ids, features), batch.mask(), batch.positions)[batch.answer])
 
 
 @torch.no_grad()
 def check(model: LlavaOnevisionForConditionalGeneration, batch: Packed) -> None:
-    """The path above is the model's own forward."""
+    """Raise if `logits` differs from the model's own forward."""
     ours = logits(model, batch, seen(model, pixel_values(batch.pictures)[:, 0]))
     theirs = model(**batch.keywords()).logits[batch.answer]
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
@@ -113,7 +113,7 @@ def optimizers(modules: list[nn.Module], matrices: list[nn.Parameter], high: flo
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine to 2 %."""
+    """The learning rate at a step as a share of its peak: a linear warm-up, then a cosine to 2 %."""
     return min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -121,7 +121,7 @@ def train(
     model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, *, tower_steps: int, steps: int, size: int = 16,
     tower_rate: float = 1e-3, peak: float = 1e-3, save_every: int = 250, compiled: bool = True,
 ) -> None:  # fmt: skip
-    """Trains in place; a killed run continues from the last state in `folder`."""
+    """Train the model in place. A run that was killed continues from the last state in `folder`."""
     torch.manual_seed(1)
     head = nn.Linear(256, sum(HEADS))
     tower = model.model.vision_tower

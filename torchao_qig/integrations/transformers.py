@@ -1,10 +1,10 @@
-"""Checkpoints: an ordinary transformers directory with packed weights in safetensors, and a config.json that names our config.
+"""Save checkpoints: an ordinary transformers directory with packed weights in safetensors, and a config.json that names our config.
 
-`quantize_` describes a transformers model as it quantizes it (`describe`), so `model.save_pretrained` works as usual.
-`save_pretrained` below also writes what other loaders need: the names that checkpoints of this kind have on the hub, in the files
-and in the tensors' metadata (where transformers writes only its own, vLLM finds nothing); and it can save a loaded model again.
+`quantize_` describes a transformers model as it quantizes it (`describe`), so `model.save_pretrained` works as usual. `save_pretrained` below
+does more. It writes the names that checkpoints of this kind have on the hub, in the files and in the tensors' metadata. transformers may write
+only its own names, under which vLLM finds nothing. It can also save a loaded model again.
 
-transformers itself is only imported where a transformers model is at hand.
+transformers itself is only imported once a transformers model is given.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def _left_alone(module: nn.Module, name: str = "") -> list[str]:
 
 
 def modules_left_alone(model: nn.Module) -> list[str]:
-    """What stays unquantized, in both spellings: full names (transformers) and last components (vLLM)."""
+    """The modules that stay unquantized, by their full names (for transformers) and by the last components of these (for vLLM)."""
     names = _left_alone(model)
     packed = {part for name, p in model.named_parameters() if isinstance(p, PackedIntTensor) for part in name.split(".")}
     last = [name.rsplit(".", 1)[-1] for name in names]
@@ -48,15 +48,15 @@ def modules_left_alone(model: nn.Module) -> list[str]:
 
 
 def _loading_config(model: nn.Module, config: Any) -> Any:
-    """The config that config.json should name: without data, and with torchao's step-by-step algorithms at their last step."""
+    """The config that config.json should name. It holds no data, and a torchao algorithm with several steps is at its step for loading."""
     packed = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if isinstance(p, PackedIntTensor)}
     if isinstance(config, FqnToConfig):
         return _loading_by_name(model, config, packed)
-    if isinstance(getattr(config, "format", None), CodedFormat) and packed:  # a format of somebody's own that stores packed integers
+    if isinstance(getattr(config, "format", None), CodedFormat) and packed:  # a user's own format that stores packed integers
         stored = next(iter(packed.values()))
         symmetric = getattr(config.format, "symmetric", config.symmetric)
         config = dataclasses.replace(config, format=None, steps=None, bits=stored.bits, group_size=stored.group_size, symmetric=symmetric)
-    if hasattr(config, "for_loading") and not isinstance(config.bits, int):  # each linear has its own
+    if hasattr(config, "for_loading") and not isinstance(config.bits, int):  # each linear has its own bits
         return FqnToConfig({name: config.with_bits(p.bits).for_loading(p.act_pre_scale is not None) for name, p in packed.items()})
     if hasattr(config, "for_loading"):
         return config.for_loading(any(p.act_pre_scale is not None for p in packed.values()))
@@ -64,7 +64,10 @@ def _loading_config(model: nn.Module, config: Any) -> Any:
 
 
 def _loading_by_name(model: nn.Module, config: FqnToConfig, packed: dict[str, PackedIntTensor]) -> FqnToConfig:
-    """The same for configs by name. An entry of which only some linears have an `act_pre_scale` gets a line for each linear before it."""
+    """The config for config.json if configs are given by name.
+
+    If only some linears of an entry have an `act_pre_scale`, each of its linears gets an entry of its own, before that entry.
+    """
     scaled = {name: p.act_pre_scale is not None for name, p in packed.items()}
     of_entry: dict[int, dict[str, bool]] = {}
     for a in QuantizeCall(model, config, None).assignments():
@@ -81,7 +84,7 @@ def _loading_by_name(model: nn.Module, config: FqnToConfig, packed: dict[str, Pa
 
 
 def describe(model: nn.Module, config: Any) -> None:
-    """Write into a transformers model what its save_pretrained needs to know. Nothing happens to other models."""
+    """Write into a transformers model the description that its save_pretrained needs. Other models are left as they are."""
     if not _is_transformers_model(model):
         return
     from transformers import TorchAoConfig
@@ -102,15 +105,16 @@ def _description(model: nn.Module) -> Any:
 
 
 def _reverses(conversion: Any) -> bool:
+    """Whether transformers can reverse a conversion of weights that it did on loading."""
     try:
         conversion.reverse_transform()
-    except (NotImplementedError, ValueError):  # what loading a quantized checkpoint did; it renamed nothing
+    except (NotImplementedError, ValueError):  # a conversion for loading a quantized checkpoint, which renamed nothing
         return False
     return True
 
 
 def _with_public_names(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Flattened tensors under the names that they have on the hub, and metadata that knows them by these and by the model's own."""
+    """Flattened tensors under the names that they have on the hub, and metadata that lists them under these names and under the model's own."""
     from transformers.core_model_loading import revert_weight_conversion
 
     own = {id(t): name for name, t in tensors.items()}
@@ -151,7 +155,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], config:
     Args:
         model: a transformers model, quantized as a whole or in part.
         directory: where to write config.json, the safetensors files and the generation config.
-        config: the torchao config it was quantized with; known already unless another tool did it.
+        config: the torchao config that the model was quantized with; only needed if another tool quantized it.
         kwargs: passed on to `model.save_pretrained` (max_shard_size, ...).
     """
     if not _is_transformers_model(model):
@@ -161,9 +165,9 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], config:
     config = config if config is not None else _description(model)
     if config is None:
         raise UserError("config: cannot tell how the model was quantized; pass the torchao config that you gave to quantize_")
-    for module in model.modules():  # a part quantized on its own: one description, at the top
+    for module in model.modules():  # a part quantized on its own has a description: keep only that of the whole model
         if module is not model and _is_transformers_model(module) and hasattr(module.config, "quantization_config"):
             del module.config.quantization_config
     describe(model, config)
     with _public_names(model):
-        model.save_pretrained(directory, save_original_format=False, **kwargs)  # false: it is in that format already
+        model.save_pretrained(directory, save_original_format=False, **kwargs)  # False: it is in that format already

@@ -1,13 +1,13 @@
-"""vLLM serves our checkpoints: its entry point `vllm.general_plugins` calls `register` in every process, before a config is read.
+"""Let vLLM serve our checkpoints: its entry point `vllm.general_plugins` calls `register` in every process, before a config is read.
 
-vLLM has a loader for torchao's checkpoints, and importing this package already tells torchao our configs and tensor. The rest is what
-that loader gets wrong for packed weights, mostly without a word:
+vLLM has a loader for torchao's checkpoints, and importing this package already registers our configs and our tensor with torchao. This module
+corrects what that loader gets wrong for packed weights, mostly without a warning:
 
-- parameters are made by quantizing memory as it is found, which may hold a NaN; here zeros are quantized;
-- q, k, v and gate, up become one linear, which a config of single linears does not name; here the names of its parts are looked up;
-- those parts have one act_pre_scale, the last one's, or none has any; here they must agree, and a part without one gets ones;
-- a shard of a tensor-parallel linear may end inside a group; here that is an error that says so;
-- a parameter that no tensor in the files is for keeps what it was made from; here that is an error, too.
+- The loader makes parameters by quantizing uninitialised memory, which may hold a NaN. Here zeros are quantized.
+- q, k, v and gate, up become one linear, which a config of single linears does not name. Here the names of its parts are looked up.
+- The joined linear gets the act_pre_scale of its last part, or none. Here the parts must agree, and a part without one gets ones.
+- A shard of a tensor-parallel linear may end inside a group. Here that is an error that says so.
+- A parameter without a tensor in the files keeps its first values. Here that is an error, too.
 
 Checkpoints of other torchao configs are left to vLLM.
 """
@@ -56,13 +56,13 @@ def is_ours(config: Any) -> bool:
 
 
 def parts_of(name: str, joined: dict[str, list[str]]) -> list[str]:
-    """The names, in the checkpoint, of what vLLM computes as the linear `name`."""
+    """The checkpoint's names of the linears that vLLM computes as one linear `name`."""
     parent, _, last = name.rpartition(".")
     return [f"{parent}.{part}" if parent else part for part in joined.get(last, [last])]
 
 
 def check_shard(name: str, config: Any, columns: int, whole: int) -> None:
-    """A tensor-parallel shard of the inputs has to end where packed columns can be cut."""
+    """Raise if a tensor-parallel shard of the inputs ends where packed columns cannot be cut."""
     while getattr(config, "base_config", None) is not None:
         config = config.base_config
     if not is_ours(config):
@@ -77,7 +77,7 @@ def check_shard(name: str, config: Any, columns: int, whole: int) -> None:
 
 
 class Loader:
-    """vLLM's weight loader of one parameter, and what has gone through it."""
+    """Wraps vLLM's weight loader of one parameter, and notes which parts of the parameter it has loaded."""
 
     def __init__(self, name: str, load: Callable[..., None], parts: int) -> None:
         self.name, self.load, self.parts = name, load, parts
@@ -116,7 +116,7 @@ class Loader:
 
 
 class PackedLinearMethod(VllmLinearMethod):
-    """How vLLM makes, fills and multiplies the weight of one linear of ours."""
+    """How vLLM makes, loads and multiplies the weight of a linear that has one of our configs."""
 
     def __init__(self, quant_config: Any, name: str) -> None:
         super().__init__(quant_config)
@@ -150,13 +150,13 @@ class PackedLinearMethod(VllmLinearMethod):
 
 
 class PackedConfig(VllmConfig):
-    """vLLM's reader of torchao's part of config.json, for which linear gets what."""
+    """vLLM's reader of torchao's part of config.json. It says how each linear is made and loaded."""
 
     torchao_config: Any
     skip_modules: list[str]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Note vLLM's names of modules beside those of the checkpoint."""
+        """Add vLLM's names of modules to the checkpoint's names."""
         self.skip_modules = [*self.skip_modules, *hf_to_vllm_mapper.apply_list(self.skip_modules)]
         if isinstance(self.torchao_config, FqnToConfig):
             configs = self.torchao_config.fqn_to_config

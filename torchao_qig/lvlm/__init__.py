@@ -1,1 +1,1 @@
-"""From a Hugging Face vision-language model and a file of samples to a checkpoint: what the command line does, as functions."""
+"""The commands of `torchao-qig` as functions: from a Hugging Face vision-language model and a file of samples to a checkpoint."""

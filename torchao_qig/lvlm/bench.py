@@ -1,11 +1,12 @@
-"""`torchao-qig bench`: how fast checkpoints answer, and what they take. Each is measured in a process of its own, the processes by turns.
+"""`torchao-qig bench`: speed, memory and size of checkpoints. Each model is measured in a process of its own, and the processes take turns.
 
     found = bench("model-int3", against="model")
     print(card.bench_table(found))
 
-A process, `python -m torchao_qig.lvlm.bench DIR --json`, loads, compiles and says so in a line of JSON; for every line it then reads it
-answers one prompt and writes another; at the end of its input it writes its peak memory. All models are in memory at once, and only one
-computes. Compilers' caches start empty, so warm-up is what a new machine takes. Medians are over rounds, ratios those of the medians.
+A process, `python -m torchao_qig.lvlm.bench DIR --json`, loads and compiles its model and writes facts about it as a line of JSON. For every
+line that it then reads, it answers one prompt and writes a line with the times. At the end of its input it writes its peak memory. All models
+are in memory at once, but only one computes at a time. Every process starts with an empty compiler cache, so its warm-up takes as long as on
+a new machine. Medians are over rounds, and ratios are those of the medians.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from torchao_qig.system import peak_host_bytes
 
 RATIOS = ("decode_tokens_per_second", "prefill_tokens_per_second", "first_token_seconds", "bytes_on_disk", "peak_bytes")
 FILLER = "Look at it again. "
-SHOWN = 15  # lines of a failed process's errors
+SHOWN = 15  # last lines of a failed process's errors
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The peak memory of this process, in bytes."""
+    """The peak memory of this process in bytes: host memory if the device is the CPU, else memory of the device."""
     return peak_host_bytes() if device.type == "cpu" else int(torch.accelerator.max_memory_allocated(device))
 
 
@@ -53,7 +54,7 @@ def device_name(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to place the figures."""
+    """The device, the number of threads and the versions with which figures were measured."""
     import torchao
     import transformers
 
@@ -62,7 +63,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def prompt_inputs(model: nn.Module, processor: Any, image: Any, tokens: int) -> dict[str, Tensor]:
-    """A question of about so many tokens; of more where the picture alone takes more."""
+    """The model's inputs for a question of about `tokens` tokens, or of more if the picture alone takes more."""
 
     def asked(repeats: int) -> dict[str, Tensor]:
         return serve.inputs_of(model, processor, image, FILLER * repeats + "What is it?")
@@ -72,13 +73,14 @@ def prompt_inputs(model: nn.Module, processor: Any, image: Any, tokens: int) -> 
 
 
 def one_round(model: nn.Module, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, float]:
+    """Answer one prompt: the seconds to the first token, and the tokens per second after it."""
     clock = serve.Clock()
     model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=clock)
     return {"first_token_seconds": clock.times[1] - clock.times[0], "decode_tokens_per_second": clock.tokens_per_second()}
 
 
 def _child(args: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
-    """One model: facts, then a round per line read, then the peak."""
+    """Measure one model. Says the facts about it, then one round for each line of standard input, then the peak memory."""
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -91,7 +93,7 @@ def _child(args: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> N
     start = time.perf_counter()
     if args.compiled:
         serve.compiled(model, prompt + args.new_tokens)
-    for _ in range(1 + args.compiled):  # the first prompt of all is not compiled
+    for _ in range(1 + args.compiled):  # the first prompt runs uncompiled
         one_round(model, inputs, 3)
     warm = time.perf_counter() - start
     dtype = str(model.dtype).removeprefix("torch.")
@@ -115,6 +117,7 @@ class _Process:
             self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
 
     def hear(self) -> dict[str, Any]:
+        """The next line that the process writes; raises if it has ended or writes an error."""
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
@@ -132,7 +135,7 @@ class _Process:
             self.process.stdin.write("\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended: hear says why
+            pass  # the process has ended: `hear` raises an error that says why
         return self.hear()
 
     def peak(self) -> dict[str, Any]:
@@ -170,18 +173,21 @@ def bench(
     compiled: bool = True,
     against_dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """Size, memory and speed of a checkpoint, and of another beside it.
+    """Measure the size, memory and speed of a checkpoint, and of another one to compare it with.
 
     Args:
         directory: the checkpoint, measured as stored.
-        against: another, usually the full-precision model, in `against_dtype` ("auto": as stored).
-        prompt_tokens: about how long the prompt is; with `image` at least as long as the picture makes it.
+        against: another checkpoint, usually the full-precision model, loaded in `against_dtype` ("auto": as stored).
+        prompt_tokens: approximate length of the prompt; with `image` it is at least what the picture takes.
         new_tokens: tokens of every answer.
-        repeats: answers of each model.
-        threads: of the CPU; PyTorch's choice by default.
-        device: where; the accelerator if there is one.
-        image: a picture to ask about; none by default.
-        compiled: through `serve.compiled`.
+        repeats: number of answers of each model.
+        threads: number of CPU threads; by default PyTorch's choice.
+        device: where the models run; by default the accelerator if there is one.
+        image: a picture to ask about; by default none.
+        compiled: whether the models run through `serve.compiled`.
+
+    Returns:
+        `rows`, one for each model, and `ratios` of the first model to the second; also the settings, the command, the date and the machine.
     """
     for name, value, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 2), ("repeats", repeats, 1), ("threads", threads or 1, 1)):
         if value < least:
@@ -201,7 +207,7 @@ def bench(
         facts: list[dict[str, Any]] = []
         for path, dtype in wanted:
             processes.append(_Process(path, dtype, flags, threads))
-            facts.append(processes[-1].hear())  # one at a time: they must not compile beside each other
+            facts.append(processes[-1].hear())  # wait before the next one starts: they must not compile at the same time
         rounds = [[process.round() for process in processes] for _ in range(repeats)]
         peaks = [process.peak() for process in processes]
     finally:
@@ -225,7 +231,7 @@ def bench(
 
 
 def run(model: str, against: str | None = None, **options: Any) -> str:
-    """Measure, note it beside a model that `quantize` wrote (qig/bench.json, the card), and return the table."""
+    """Run `bench` and return its table. If `quantize` wrote the model, the results are also stored there (qig/bench.json, the card)."""
     found = bench(model, against, **options)
     card.note(model, "bench.json", found)
     return card.bench_table(found)
@@ -243,7 +249,7 @@ def main() -> None:
     parser.add_argument("--image")
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
     args = parser.parse_args()
-    out, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print goes to standard error
 
     def say(facts: dict[str, Any]) -> None:
         print(json.dumps(facts), file=out, flush=True)

@@ -1,4 +1,4 @@
-"""The model card (README.md) of a checkpoint that `torchao-qig` wrote: from what lies in its qig/ folder, measured tables included."""
+"""The model card (README.md) of a checkpoint that `torchao-qig` wrote, with tables of what was measured. It is made from the files in qig/."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def evaluation_table(found: dict[str, Any]) -> str:
 
 
 def bench_table(result: dict[str, Any]) -> str:
-    """Markdown: a line per model, and where there are two a line of the first's ratios to the second."""
+    """The table of `bench` in Markdown: a line for each model, and with two models a line of ratios of the first to the second."""
     lines = ["| " + " | ".join(BENCH) + " |", "|" + " --- |" * len(BENCH)]
     for r in result["rows"]:
         cells = [
@@ -63,7 +63,7 @@ def tasks_table(found: dict[str, Any]) -> str:
 
 
 def text(directory: Path, name: str) -> str:
-    """The card, from what is in the directory now; `name` is what the directory will be called."""
+    """The text of the card, made from the files that are in the directory now. `name`: what the directory will be called."""
     receipt, *others = (_read(directory, f"{name}.json") for name in ("receipt", "evaluation", "tasks", "bench"))
     plan, settings, found = receipt["plan"], receipt["recipe"], receipt["check"]
     kind = auto_class(load_config(str(directory))).__name__
@@ -116,7 +116,7 @@ Left as they were:
 
 
 def note(model: str, file: str, found: dict[str, Any]) -> None:
-    """Keep what was measured beside a model that `quantize` wrote, and bring its card up to date."""
+    """If `quantize` wrote the model, store `found` as qig/`file` beside it and bring its card up to date."""
     directory = Path(model).expanduser()
     if (directory / "qig" / "receipt.json").exists():
         (directory / "qig" / file).write_text(json.dumps(found, indent=1, default=float) + "\n")

@@ -1,4 +1,4 @@
-"""Is the quantized model still the model? Its next-token distributions beside those of full precision, on a few samples."""
+"""Check a quantized model: compare its next-token distributions with those of the full-precision model, on a few samples."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCHES, POSITIONS = 2, 256  # looked at; positions per batch
+BATCHES, POSITIONS = 2, 256  # batches to compare on; positions of each
 
 
 class BrokenModel(RuntimeError):
-    """The quantized model no longer says what the original says."""
+    """The quantized model puts out NaN or infinity, or diverges too far from full precision."""
 
 
 def answer_positions(batch: dict[str, Tensor]) -> Tensor:
-    """(B, T) bool: positions whose next token is part of an answer; of samples without answers, all that are no padding."""
+    """(B, T) bool: positions whose next token is part of an answer. In samples without answers, all positions before a real token count."""
     ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
     answers, real = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     if labels is not None:
@@ -33,7 +33,7 @@ def smallest(batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, batch: dict[str, Tensor], limit: int | None = POSITIONS) -> Tensor:
-    """(positions, vocabulary), float32 on the host."""
+    """The model's log-probabilities at the first `limit` of the batch's `answer_positions`: (positions, vocabulary), float32, on the host."""
     device = next(p.device for p in model.parameters())
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in batch.items() if k not in ("labels", "vision_mask", "answer_mask")}
@@ -48,7 +48,7 @@ def references(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[T
 
 
 def divergence(reference: list[Tensor], model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
-    """Mean KL per token (nats), the part of tokens whose likeliest successor is the same, and their number."""
+    """Mean KL per token in nats, the share of tokens whose likeliest successor is the same, and the number of tokens."""
     kl = same = count = 0.0
     for logp, batch in zip(reference, batches, strict=True):
         now = log_probabilities(model, batch)
@@ -59,6 +59,7 @@ def divergence(reference: list[Tensor], model: nn.Module, batches: Iterable[dict
 
 
 def check(found: dict[str, Any], max_kl: float) -> None:
+    """Raise `BrokenModel` if the KL in `found`, from `divergence`, is not finite or larger than `max_kl`."""
     if not math.isfinite(found["kl"]):
         raise BrokenModel("the quantized model puts out NaN or infinity; try more bits, another --dtype, or --device cpu. Nothing was written.")
     if found["kl"] > max_kl:

@@ -1,4 +1,7 @@
-"""The command line that does what was done, from the arguments themselves: the same called from Python, from a test, or with files of settings."""
+"""The command line that repeats a run, for receipts and model cards.
+
+It is made from the run's arguments, so it is the same whether the run was started from a command line, from Python or with files of settings.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torchao_qig.lvlm.recipe import Recipe, recipe
 
 QUANTIZE_FLAGS = ("output", "calib", "images", "bits", "group_size", "method", "modules", "samples", "seed", "max_length", "dtype", "device")
 NEGATED = {"compiled": "--no-compile"}
-ALWAYS = ("model", "output", "calib", "bits")  # named though they may be what is the default today
+ALWAYS = ("model", "output", "calib", "bits")  # always named, since today's defaults may change
 
 
 def _text(value: Any) -> str:
@@ -23,7 +26,7 @@ def _text(value: Any) -> str:
 
 
 def _joined(name: str, model: Any, words: list[str]) -> str:
-    """`model` begins with a dash: then it stands behind two of them, which end the options."""
+    """The command line of a subcommand with a model and other words. A model that begins with a dash comes last, after the `--` that ends options."""
     place = _text(model)
     return shlex.join(["torchao-qig", name, *words, "--", place] if place.startswith("-") else ["torchao-qig", name, place, *words])
 
@@ -57,13 +60,13 @@ def command_line(name: str, run: Callable[..., Any], model: Any, given: Mapping[
 
 
 def meaning(wanted: Recipe) -> dict[str, Any]:
-    """All keys with the values that they come to. Recipes with equal meanings do the same."""
+    """All keys of a recipe with the values that they result in. Recipes with equal meanings do the same."""
     keys, computed = wanted.resolved(), wanted.config().public()
-    return keys | {"method": None} | {key: computed[key] for key in keys.keys() & computed.keys() if key != "dtype"}  # that of a recipe is what is loaded in
+    return keys | {"method": None} | {key: computed[key] for key in keys.keys() & computed.keys() if key != "dtype"}  # a recipe's dtype is the one to load in
 
 
 def _needed(wanted: Recipe) -> dict[str, Any]:
-    """The keys that make this recipe, without those that come out the same when they are left out."""
+    """The recipe's keys without those that can be left out without changing its `meaning`."""
     now, kept = meaning(wanted), wanted.resolved()
     for key in now:
         if key not in ALWAYS and _means({k: v for k, v in kept.items() if k != key}, now):
@@ -79,7 +82,7 @@ def _means(keys: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def quantizing(wanted: Recipe) -> str:
-    """The command line of `torchao-qig quantize` that has this meaning."""
+    """The command line of `torchao-qig quantize` that has the `meaning` of this recipe."""
     words: list[str] = []
     rest: list[str] = []
     keys = _needed(wanted)

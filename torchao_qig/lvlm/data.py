@@ -1,7 +1,7 @@
-"""Samples and a processor -> batches that a model takes, for calibration: labels on the answers, hardly any padding.
+"""Make batches for calibration from samples and a processor, with labels on the answers and little padding.
 
-Every sample is measured alone first. Samples of similar length share a batch, up to a budget of tokens; what the processor refuses,
-or what is too long, is skipped and named. Nothing is cut, for a cut through a picture is an error in the model.
+Every sample is first processed alone, which shows its length. Samples of similar length then share a batch, up to a budget of tokens.
+Samples that the processor refuses or that are too long are skipped and named. No sample is cut, since models fail on cut pictures.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from torchao_qig.lvlm.messages import Messages
 from torchao_qig.lvlm.pictures import BadRow, opened
 from torchao_qig.lvlm.samples import Sample, describe_skipped
 
-WASTE = 0.1  # of a batch's positions, at most, are padding
-IGNORED = -100  # label of a token that is no answer
+WASTE = 0.1  # largest share of padding among a batch's positions
+IGNORED = -100  # label of a token that is not part of an answer
 
 
 class Batches(list[dict[str, Tensor]]):
-    """The batches: keywords of the model's forward. Beside them what they were made of.
+    """A list of batches, each the keyword arguments of the model's forward.
 
-    rows: the samples in each batch, by their number among those given. lengths: their tokens. skipped: reasons with places.
+    Attributes:
+        rows: for each batch, the numbers of its samples among those given.
+        lengths: for each batch, the number of tokens of each of its samples.
+        skipped: reason -> places of the samples that were skipped for it.
     """
 
     def __init__(self, batches: Iterable[dict[str, Tensor]], rows: list[list[int]], lengths: list[list[int]], skipped: dict[str, list[str]]) -> None:
@@ -41,14 +44,14 @@ class Batches(list[dict[str, Tensor]]):
         return 1 - sum(map(sum, self.lengths)) / padded
 
     def shares(self) -> dict[str, float]:
-        """Of the tokens that are no padding: pictures, answers, and the rest."""
+        """The shares of pictures, answers and other tokens among the tokens that are no padding."""
         total = sum(map(sum, self.lengths))
         picture = sum(int((_vision(batch) != 0).sum()) for batch in self if _vision(batch) is not None)
         answer = sum(int((batch["labels"] != IGNORED).sum()) for batch in self if "labels" in batch)
         return {"picture": picture / total, "answer": answer / total, "other": (total - picture - answer) / total}
 
     def summary(self) -> str:
-        """What a model sees of these batches."""
+        """The numbers of samples, batches, tokens and skipped samples, as text."""
         tokens = sorted(n for lengths in self.lengths for n in lengths)
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.shares().items())
         lines = [
@@ -68,7 +71,7 @@ def _vision(batch: dict[str, Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is noted about a sample when it is processed alone."""
+    """What processing a sample alone shows about it."""
 
     ids: list[int]
     answer: list[bool] | None
@@ -86,6 +89,7 @@ def _in_memory(messages: Messages) -> Messages:
 
 
 def _measure(chat: Chat, sample: Sample, answers: bool, max_length: int | None, gained: Counter[int]) -> Measured:
+    """Process a sample alone; raises `BadRow` if it cannot be used. The tokens that its pictures add are counted in `gained`."""
     try:
         messages = _in_memory(sample.messages)
         chat.find_place(messages)
@@ -100,14 +104,18 @@ def _measure(chat: Chat, sample: Sample, answers: bool, max_length: int | None, 
         raise
     except UserError as error:
         raise BadRow("refused by the processor", str(error)) from error
-    except Exception as error:  # templates and processors refuse in many ways
+    except Exception as error:  # templates and processors refuse with any kind of exception
         reason = str(error).strip().splitlines()
         raise BadRow("refused by the processor", f"{type(error).__name__}: {reason[0][:200] if reason else 'no reason given'}") from error
     return Measured(ids, mask, len(sample.images), "mm_token_type_ids" in columns)
 
 
 def packed(lengths: Sequence[int], tokens: int, waste: float = WASTE) -> list[list[int]]:
-    """Indices in batches of similar length, longest first: batch size times longest within the budget, a share of padding within `waste`."""
+    """Group the indices of `lengths` into batches of similar length, longest first.
+
+    The size of a batch times its longest length is at most `tokens`, and its share of padding is at most `waste`. An index whose length alone
+    is above `tokens` has a batch of its own.
+    """
     batches: list[list[int]] = []
     used = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -128,9 +136,9 @@ def calibration_batches(samples: Sequence[Sample], processor: Any, *, tokens: in
     Args:
         samples: from `read_samples`.
         processor: the model's: `load_processor(name)`; a tokenizer for samples without pictures.
-        tokens: of one batch, padding included. A longer sample has a batch of its own.
-        max_length: samples with more tokens are skipped; None: none are.
-        answers: `labels` on the assistant's turns, -100 elsewhere; found from the chat template.
+        tokens: largest number of tokens of a batch, padding included. A longer sample has a batch of its own.
+        max_length: samples with more tokens are skipped; with None, no sample is too long.
+        answers: whether batches have `labels`: the tokens of the assistant's turns, -100 elsewhere. The chat template shows where turns are.
     """
     for name, value in (("tokens", tokens), ("max_length", max_length)):
         if value is not None and value < 1:
@@ -155,7 +163,7 @@ def calibration_batches(samples: Sequence[Sample], processor: Any, *, tokens: in
     if not found:
         raise UserError(f"samples: none of {len(samples)} can be used with {type(processor).__name__}: {describe_skipped(skipped) or 'there are none'}")
 
-    # With and without pictures apart: not every processor takes both at once.
+    # Samples with and without pictures go into different batches: not every processor takes both at once.
     groups = [[i for i, one in found.items() if bool(one.pictures) is has] for has in (True, False)]
     rows = [[group[j] for j in batch] for group in groups for batch in packed([len(found[i].ids) for i in group], tokens)]
     made = [one for batch in rows for one in _made(chat, samples, found, batch, picture)]
@@ -165,7 +173,10 @@ def calibration_batches(samples: Sequence[Sample], processor: Any, *, tokens: in
 
 
 def _made(chat: Chat, samples: Sequence[Sample], found: dict[int, Measured], rows: list[int], picture: int | None) -> list[tuple[dict[str, Tensor], list[int]]]:
-    """One batch; where the processor cannot put these samples together (pictures of other sizes), or makes other tokens then, one for each."""
+    """The batch of the samples `rows`, or a batch for each of them if the processor cannot join them.
+
+    A processor may refuse to join pictures of different sizes, or make other tokens of a sample in a batch than of the sample alone.
+    """
     try:
         batch = chat.columns([_in_memory(samples[i].messages) for i in rows])
         ids = batch["input_ids"]
@@ -173,7 +184,7 @@ def _made(chat: Chat, samples: Sequence[Sample], found: dict[int, Measured], row
         for i, row, mask in zip(rows, ids, real, strict=True):
             if row[mask].tolist() != found[i].ids:
                 raise UserError(f"{samples[i].source}: {type(chat.processor).__name__} makes other tokens of it than before; its file has changed meanwhile")
-    except Exception:  # of any kind; alone each of them went through
+    except Exception:  # of any kind: each sample alone raised none
         if len(rows) == 1:
             raise
         return [one for i in rows for one in _made(chat, samples, found, [i], picture)]

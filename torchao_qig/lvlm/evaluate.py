@@ -1,8 +1,8 @@
-"""`torchao-qig evaluate`: questions with their answers, or lmms-eval's tasks.
+"""`torchao-qig evaluate`: measure a model on questions with answers, or on lmms-eval's tasks.
 
-On a file of samples one forward pass per batch gives everything. Greedy decoding answers a question exactly right if and only if every
-token of the answer is the likeliest one after those before it; that is "accuracy". NLL and KL are per token of the answers, in nats; of
-texts without answers all tokens count, and there is no accuracy. Intervals are 95 %, bootstrapped over samples.
+On a file of samples, one forward pass per batch gives all measures. "Accuracy" is the share of questions that greedy decoding would answer
+exactly right: those where every token of the answer is the likeliest one after the tokens before it. NLL and KL are per token of the answers,
+in nats. In texts without answers all tokens count, and there is no accuracy. Intervals are 95 %, bootstrapped over samples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ RESAMPLES = 2000
 
 
 def interval(values: Tensor, weights: Tensor, unit: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """sum(values) / sum(weights) and its 95 % interval, units (samples, pictures) drawn with replacement."""
+    """sum(values) / sum(weights) with its 95 % interval, bootstrapped over units.
+
+    Args:
+        values, weights: one of each for every question or sample.
+        unit: for each of them, the number of the unit (sample or picture) that it belongs to. Units are drawn with replacement.
+        seed: of the draws.
+    """
     where, index = unit.unique(return_inverse=True)
     per = torch.zeros(2, len(where), dtype=torch.float64).index_add(1, index, torch.stack([values.double(), weights.double()]))
     drawn = torch.multinomial(torch.ones(len(where)), RESAMPLES * len(where), True, generator=torch.Generator().manual_seed(seed)).view(RESAMPLES, -1)
@@ -55,7 +61,7 @@ def _per_sample(model: nn.Module, batch: dict[str, Tensor], reference: Tensor | 
 
 def _summary(columns: dict[str, Tensor]) -> dict[str, Any]:
     answered = columns["answered"]
-    if answered.any():  # texts beside questions are right or wrong nowhere
+    if answered.any():  # leave out texts without an answer, which cannot be right or wrong
         columns = {name: values[answered] for name, values in columns.items()}
     tokens, unit = columns["tokens"], torch.arange(len(columns["tokens"]))
     right = interval(columns["wrong"] == 0, torch.ones(len(tokens)), unit) if answered.any() else None
@@ -64,7 +70,7 @@ def _summary(columns: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def compare(models: dict[str, nn.Module], batches: Iterable[dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Accuracy and NLL of every model, and KL to the first. Batch by batch: nothing of a batch is kept but sums."""
+    """Accuracy and NLL of every model, and its KL to the first model. Models are run batch by batch, and only sums are kept of a batch."""
     columns: dict[str, list[dict[str, Tensor]]] = {name: [] for name in models}
     for batch in tqdm(batches, "evaluating"):
         first: Tensor | None = None
@@ -76,18 +82,18 @@ def compare(models: dict[str, nn.Module], batches: Iterable[dict[str, Tensor]]) 
 
 
 def answers(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Any]:
-    """The answers of one model."""
+    """Accuracy and NLL of one model."""
     return compare({"": model}, batches)[""]
 
 
 def batches_of(samples: Samples, processor: Any, at_once: int = 64) -> Iterator[dict[str, Tensor]]:
-    """Batches of some samples at a time: pictures of a whole data set would not fit into memory."""
+    """Yield batches, made from `at_once` samples at a time: the pictures of a whole data set would not fit into memory."""
     used, refused = False, ""
     for first in range(0, len(samples), at_once):
         try:
             yield from calibration_batches(samples[first : first + at_once], processor)
             used = True
-        except UserError as error:  # none of these; perhaps of the others
+        except UserError as error:  # none of these samples can be used; others may
             refused = str(error)
     if not used:
         raise UserError(refused)
@@ -97,7 +103,10 @@ def run(
     model: str, data: str | None = None, images: str | None = None, against: str | None = None, tasks: Sequence[str] = (), include: str | None = None,
     samples: int | None = None, seed: int = 0, split: str = "train", dtype: str = "auto", device: str = "cpu", keep_packed: bool = False,
 ) -> str:  # fmt: skip
-    """Measure, note it beside the model (qig/evaluation.json, qig/tasks.json, the card), and return it as tables."""
+    """Measure a model and return the results as tables.
+
+    If `quantize` wrote the model, the results are also stored there (qig/evaluation.json, qig/tasks.json, the card).
+    """
     given = dict(
         data=data, images=images, against=against, tasks=tasks, include=include, samples=samples, seed=seed, split=split, dtype=dtype, device=device,
         keep_packed=keep_packed,
@@ -106,7 +115,7 @@ def run(
     if not data and not tasks:
         raise UserError("data: nothing to evaluate on; pass --data with questions and answers, or --tasks with lmms-eval's")
     processor, place, read = load_processor(model), device_of(device), None
-    if data:  # what is wrong with it is known before weights are loaded
+    if data:  # read it now, so that its faults are found before weights are loaded
         with naming_argument("data"):
             read = read_samples(data, images, split=split, count=samples, seed=seed)
     loaded = load_model(model, dtype, device=place)
@@ -136,8 +145,8 @@ def _size(source: str, model: nn.Module) -> int:
 
 
 def unpacked(model: nn.Module) -> nn.Module:
-    """The model with dense weights, where that changes no bit: uncompiled linears dequantize at every call, here it is done once."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and not isinstance(p, PackedIntTensor))  # of what linears are given
+    """Dequantize the model's packed weights, where this changes no bit of its results. Uncompiled linears would do it at every call."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and not isinstance(p, PackedIntTensor))  # that of the linears' inputs
     for module in model.modules():
         weight = module._parameters.get("weight")
         if isinstance(weight, PackedIntTensor) and not weight.int8_activations and weight.act_pre_scale is None:

@@ -1,4 +1,4 @@
-"""What the report shows of a few samples: their pictures, their tokens, and how much quantization-aware integrated gradients make of each."""
+"""What the report shows of a few samples: their pictures, their tokens, and each token's weight by quantization-aware integrated gradients."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from torchao_qig.lvlm.recipe import Recipe
 from torchao_qig.lvlm.samples import Sample
 
 LARGEST = 512  # pixels of a shown picture's longer side
-MARKS = "marks.json"  # of what it was computed from
-BITS = 4  # where the recipe has no number
-HINTS = ("num_image_tokens", "image_seq_length", "image_seq_len")  # of processors: tokens of one tile
+MARKS = "marks.json"  # fingerprints of the model and the data that the token weights were computed from
+BITS = 4  # used if the recipe's bits are no number
+HINTS = ("num_image_tokens", "image_seq_length", "image_seq_len")  # attributes of processors that hold the number of tokens of one tile
 
 
 def token_weights(model: nn.Module, wanted: Recipe, samples: Sequence[Sample], processor: Any, directory: Path) -> Path | None:
-    """Calibrate for token weights alone, on these samples; write sensitivity/, samples.json and samples/ into `directory`.
+    """Compute the token weights of these samples; write sensitivity/, samples.json and samples/ into `directory`.
 
-    Where an interrupted run has done so already, with the same weights and samples, nothing is computed.
+    If an interrupted run has already done so with the same model and samples, nothing is computed. Returns `directory`, or None without samples.
     """
     if not samples:
         return None
@@ -44,7 +44,7 @@ def token_weights(model: nn.Module, wanted: Recipe, samples: Sequence[Sample], p
     (unfinished / MARKS).write_text(marks)
     shown = []
     for batch, rows in zip(batches, batches.rows, strict=True):
-        first = 0  # of the sample's pictures among the batch's
+        first = 0  # number of the sample's first picture among the batch's
         for at, row in enumerate(rows):
             pictures = slice(first, first := first + len(samples[row].images))
             shown.append(_shown(samples[row], row, batch, at, pictures, processor, unfinished))
@@ -54,14 +54,16 @@ def token_weights(model: nn.Module, wanted: Recipe, samples: Sequence[Sample], p
 
 
 def _weights_alone(wanted: Recipe) -> Any:
+    """The config of a calibration that computes token weights and nothing else."""
     kept = {k: v for k, v in wanted.settings.items() if k in ("group_size", "symmetric", "modules", "compute_dtype", "micro_batch", "max_host_memory")}
     bits = wanted.config().bits
-    one_candidate = {"equalize": {"sensitivity": "qig", "grid": 1}}  # nothing to choose: token weights are all that is computed
+    one_candidate = {"equalize": {"sensitivity": "qig", "grid": 1}}  # with one candidate, nothing is searched: only token weights are computed
     settings = kept | {"bits": bits if isinstance(bits, int) else BITS}
     return Recipe(device=wanted.device, int8_activations=wanted.int8_activations, steps=[one_candidate], settings=settings).config(verbose=False)
 
 
 def _shown(sample: Sample, number: int, batch: dict[str, Tensor], row: int, pictures: slice, processor: Any, directory: Path) -> dict[str, Any]:
+    """A sample's entry in samples.json. Also writes thumbnails of its pictures into `directory`/samples."""
     tokenizer = getattr(processor, "tokenizer", processor)
     kept = batch["input_ids"][row] if "attention_mask" not in batch else batch["input_ids"][row][batch["attention_mask"][row] != 0]
     images = []

@@ -3,8 +3,8 @@
     lm = InMemory(model, from_processor(processor), partial(tokenizer.decode, skip_special_tokens=True))
     results = lmms_eval.evaluator.simple_evaluate(lm, tasks=["vizwiz_vqa_val", "chartqa"])
 
-A task gives chat messages: text and pictures in their order. Decoding is greedy, whatever a task says about sampling; what a task says about
-length (`max_new_tokens`) and stops (`until`) holds. Needs lmms-eval: pip install --no-deps -r recipes/requirements-eval.txt
+A task gives chat messages: text and pictures in their order. Decoding is greedy, whatever a task says about sampling. A task's settings of
+length (`max_new_tokens`) and stops (`until`) are used. Needs lmms-eval: pip install --no-deps -r recipes/requirements-eval.txt
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torchao_qig.errors import UserError
 from torchao_qig.lvlm.chat import Chat
 from torchao_qig.lvlm.messages import Messages, pictures_of
 
-Prepare = Callable[[list[Messages]], dict[str, Tensor]]  # chats -> the model's keywords, padded on the left, up to where the answers begin
-NEW_TOKENS = 128  # where a task does not say
+Prepare = Callable[[list[Messages]], dict[str, Tensor]]  # chats up to where the answers begin -> the model's keyword arguments, padded on the left
+NEW_TOKENS = 128  # for tasks that set no max_new_tokens
 
 
 class OtherTask(UserError, NotImplementedError):
-    """A task asks for something else than one generated answer."""
+    """A task asks for something other than one generated answer."""
 
 
 def from_processor(processor: Any) -> Prepare:
-    """Batches as a Hugging Face processor, or a tokenizer, makes them, through its chat template where it has one."""
+    """A `Prepare` that uses a Hugging Face processor or tokenizer, and its chat template if it has one."""
     chat = Chat(processor)
 
     def prepare(chats: list[Messages]) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def from_processor(processor: Any) -> Prepare:
 
 
 def messages_of(task_messages: list[dict[str, Any]]) -> Messages:
-    """A task's messages -> ours: content is a list of parts, a picture is an RGB image."""
+    """A task's messages in our form: content is a list of parts, and pictures are RGB images."""
     return [{"role": m["role"], "content": [_part(part) for part in _parts(m["content"])]} for m in task_messages]
 
 
@@ -64,7 +64,7 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def batches(kinds: Sequence[Any], size: int) -> list[list[int]]:
-    """Indices in batches of at most `size`, of one kind each, in order."""
+    """Group the indices of `kinds` into batches of at most `size` indices of one kind, in order."""
     groups: dict[Any, list[int]] = {}
     for i, kind in enumerate(kinds):
         groups.setdefault(kind, []).append(i)
@@ -78,15 +78,16 @@ def cut(text: str, stops: str | Sequence[str] | None) -> str:
 
 
 class InMemory(lmms):
-    """Greedy answers of a model; lmms-eval's tasks that generate are supported, those of log-likelihoods are not.
+    """A model in memory that lmms-eval can ask. Tasks that generate are supported, tasks of log-likelihoods are not.
 
     Args:
-        model, prepare: the latter makes the former's keywords from chats (`from_processor`).
+        model: answers greedily.
+        prepare: makes the model's keyword arguments from chats (`from_processor`).
         decode: tokens of an answer -> text.
-        batch_size: questions answered at once, with as many pictures and as long answers.
+        batch_size: questions answered at once. Questions share a batch if they have equally many pictures and the same limit of tokens.
     """
 
-    is_simple = False  # tasks give messages
+    is_simple = False  # so that tasks give chat messages
 
     def __init__(self, model: nn.Module, prepare: Prepare, decode: Callable[[Tensor], str], batch_size: int = 1) -> None:
         super().__init__()
@@ -111,6 +112,7 @@ class InMemory(lmms):
 
     @torch.no_grad()
     def answer(self, chats: list[Messages], limit: int) -> list[str]:
+        """The model's greedy answers to these chats, of up to `limit` tokens."""
         weight = next(p for p in self.model.parameters() if p.is_floating_point())
         batch = {k: v.to(weight.device, weight.dtype if v.is_floating_point() else None) for k, v in self.prepare(chats).items()}
         new = self.model.generate(**batch, max_new_tokens=limit, do_sample=False)[:, batch["input_ids"].shape[1] :]
@@ -124,7 +126,12 @@ class InMemory(lmms):
 
 
 def run(model: nn.Module, processor: Any, tasks: Sequence[str], include: str | None = None, limit: int | None = None, batch_size: int = 1) -> dict[str, Any]:
-    """Task -> metric -> value. `include`: a folder of task files of your own; then lmms-eval's own tasks are not looked through."""
+    """Run lmms-eval's tasks: task -> metric -> value.
+
+    Args:
+        include: a folder of task files of your own. With it, lmms-eval's own tasks are not available.
+        limit: questions of each task; by default all.
+    """
     manager = TaskManager(include_path=include, include_defaults=include is None)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:

@@ -1,4 +1,4 @@
-"""Models and processors from a directory or a name on the hub, whatever their architecture."""
+"""Load models and processors of any architecture, from a directory or by a name on the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 
 def _located(name: str) -> str:
-    """The name, if it can be one: a directory with a config.json, or a repository's name."""
+    """The directory or the name on the hub that `name` stands for. Raises if it is a path without a config.json."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -38,7 +38,7 @@ def _located(name: str) -> str:
 
 
 def device_of(name: str | None) -> torch.device:
-    """A device that is really there."""
+    """The device of this name; raises if this machine does not have it."""
     try:
         device = torch.device(name or "cpu")
         torch.empty(0, device=device)
@@ -50,12 +50,14 @@ def device_of(name: str | None) -> torch.device:
 
 
 def dtype_of(name: str) -> Any:
+    """The torch dtype of this name; "auto" stays "auto"."""
     if name not in DTYPES:
         raise UserError(f"dtype={name!r}: pass one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def _tried(name: str, load: Callable[[str], Any], what: str) -> Any:
+    """`load` called with the located name. Its errors become a `UserFileError` that says `what` could not be loaded."""
     path = _located(name)
     try:
         return load(path)
@@ -72,7 +74,7 @@ def load_config(name: str, revision: str | None = None) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The auto class that knows this model: with pictures, else text alone."""
+    """The transformers auto class for this model: the one for images and text if it knows the model, else the one for text."""
     for auto in AUTO:
         if type(config) in auto._model_mapping:
             return auto
@@ -80,7 +82,7 @@ def auto_class(config: Any) -> Any:
 
 
 def load_model(name: str, dtype: str = "auto", revision: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """The model in eval mode. It is loaded on the CPU and moved, so that no extra package is needed."""
+    """The model in eval mode. It is loaded on the CPU and then moved to the device, so that no extra package is needed."""
     config = load_config(name, revision)
     auto = auto_class(config)
     described = _tried(name, lambda _: stored.described(config), "configuration")
@@ -110,7 +112,7 @@ def bytes_on_disk(directory: Path) -> int:
 
 
 def images_only(processor_class: Any) -> Any:
-    """A processor class without its part for videos, which needs torchvision. Its constructor takes None there."""
+    """A processor class without its part for videos, which needs torchvision. The constructor gets None for that part."""
     every = processor_class.get_attributes()
     kept = [a for a in every if a != "video_processor"]
 
@@ -124,7 +126,7 @@ def images_only(processor_class: Any) -> Any:
 
 
 def load_processor(name: str, revision: str | None = None) -> Any:
-    """The model's processor; without torchvision one for images only; for a text model its tokenizer."""
+    """The model's processor, or a text model's tokenizer. Without torchvision, the processor is for images only."""
 
     def load(path: str) -> Any:
         if importlib.util.find_spec("torchvision") is None and (found := _processor_class(path, revision)) is not None:
@@ -135,7 +137,8 @@ def load_processor(name: str, revision: str | None = None) -> Any:
 
 
 def save_processor(processor: Any, name: str, revision: str | None, directory: Path) -> None:
-    """Write a processor beside a model; its files as they came, since what is in memory may be without its part for videos."""
+    """Write a processor into a model's directory. Its configuration files are copied as they are, since the processor in memory may lack its
+    part for videos."""
     processor.save_pretrained(directory)
     for file in PROCESSOR_FILES:
         found = cached_file(_located(name), file, revision=revision, _raise_exceptions_for_missing_entries=False)

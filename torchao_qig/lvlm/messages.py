@@ -1,6 +1,7 @@
-"""One row of a data set -> chat messages whose content is a list of parts: text and pictures, in their order.
+"""Turn one row of a data set into chat messages, whose content is a list of parts: texts and pictures in their order.
 
-A row is known by its fields: messages, conversations, question with answer, caption, text; beside each of them image or images.
+A row's fields tell what kind it is: messages, conversations, question with answer, caption, or text. Beside each of them there may be pictures
+(image, images, file_name or file_names).
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ EXAMPLE = '{"image": "dog.jpg", "caption": "A dog on grass."}'
 
 
 def as_messages(row: Any, prompt: str, find: Callable[[Any], Any]) -> Messages:
-    """The row's messages, or a `BadRow`. `prompt`: what a caption answers; `find` makes pictures of what names them."""
+    """The row's messages; raises `BadRow` if it is no sample.
+
+    Args:
+        row: fields with values.
+        prompt: the question that a caption answers.
+        find: gives the picture that a value in the row names.
+    """
     if not isinstance(row, Mapping):
         raise BadRow("wrong type", f"the row is {type(row).__name__}, not fields with values")
     images = _images(row)
@@ -55,7 +62,7 @@ def _string(value: Any, where: str) -> str:
 
 
 def _text(row: Mapping[str, Any], field: str) -> str:
-    """A field's text; of several (five captions of a picture) the first."""
+    """A field's text. If the field is a list, such as five captions of a picture, the first text in it that is not blank."""
     value = row[field]
     if isinstance(value, (list, tuple)):
         value = next((v for v in value if not isinstance(v, str) or v.strip()), "")
@@ -70,7 +77,7 @@ def _answer(row: Mapping[str, Any]) -> str:
 
 
 def _split(text: str) -> list[dict[str, Any]]:
-    """Text with <image> in it -> parts; the line break beside a picture is the template's affair."""
+    """Split a text at each <image> into parts. White space beside a picture is dropped, since the chat template decides about it."""
     pieces = text.split(PLACE)
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(pieces):
@@ -95,7 +102,8 @@ def _turns(turns: Any, field: str) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _parts(content: Any, where: str) -> list[dict[str, Any]]:
-    """Content as text or as a list of parts -> parts of our form; pictures yet without, or as the row names them."""
+    """A turn's content, a text or a list of parts, as parts in our form. A picture is still as the row names it, or absent if it is listed
+    beside the messages."""
     if not isinstance(content, (list, tuple)):
         return _split(_string(content, where))
     parts: list[dict[str, Any]] = []
@@ -114,7 +122,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _placed(turns: list[tuple[str, list[dict[str, Any]]]], images: list[Any], find: Callable[[Any], Any]) -> Messages:
-    """Listed pictures go to their places in order; without places, all before the first question."""
+    """The messages with their pictures. Listed pictures fill the places in order; if there are no places, they go before the first question."""
     pictures = [part for _, parts in turns for part in parts if part["type"] == "image"]
     places = sum("image" not in part for part in pictures)
     if images and not pictures:
@@ -132,6 +140,7 @@ def _placed(turns: list[tuple[str, list[dict[str, Any]]]], images: list[Any], fi
 
 
 def _checked(messages: Messages) -> Messages:
+    """The messages themselves; raises `BadRow` if a turn is empty, or if there are only pictures or only system messages."""
     for number, message in enumerate(messages, 1):
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
         if not message["content"] or "" in texts or (message["role"] == "assistant" and not texts):

@@ -1,4 +1,4 @@
-"""Samples joined to longer ones: demonstrations before a question, several image-text pairs in one sequence."""
+"""Join samples to longer ones: demonstrations before a question, or several image-text pairs in one sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _without_system(messages: Messages) -> Messages:
 
 
 def few_shot(samples: Sequence[Sample], shots: int, seed: int = 0) -> list[Sample]:
-    """Each sample after `shots` others as demonstrations, in one conversation under its own system message."""
+    """Put `shots` other samples before each sample, as demonstrations. The conversation has the system message of the last sample alone."""
     answered = [i for i, sample in enumerate(samples) if sample.messages[-1]["role"] == "assistant"]
     if shots < 0 or shots >= len(samples) or shots > len(answered) - 1:
         raise UserError(
@@ -34,9 +34,10 @@ def few_shot(samples: Sequence[Sample], shots: int, seed: int = 0) -> list[Sampl
 
 
 def interleaved(samples: Sequence[Sample], per_sample: int, seed: int = 0) -> list[Sample]:
-    """`per_sample` samples as one sequence: picture, text, picture, text, and at last a whole sample. Each sample once, in shuffled order.
+    """Join every `per_sample` samples to one sequence: picture, text, picture, text, and finally a whole sample.
 
-    Of those before the last one their pictures and answers stay, or all of their text where nothing answers.
+    Each sample is used once, in shuffled order. Of all but the last sample of a sequence, the pictures and answers are kept. Of a sample without
+    an answer, all of its text is kept.
     """
     if per_sample < 1:
         raise UserError(f"interleaved (per_sample)={per_sample}: join at least 1 sample")
@@ -60,6 +61,6 @@ def _sequence(group: list[Sample]) -> Sample:
 
 
 def mixed(samples: Sequence[Sample], shots: int, per_sample: int, seed: int = 0) -> Sequence[Sample]:
-    """As a recipe asks for them: 0 shots and 1 per sample leave them as they are."""
+    """The samples joined as a recipe asks. With 0 shots and 1 per sample they stay as they are."""
     samples = few_shot(samples, shots, seed) if shots else samples
     return interleaved(samples, per_sample, seed) if per_sample > 1 else samples

@@ -1,4 +1,4 @@
-"""Pictures of samples: found below one folder, checked, opened. Nothing is fetched from a network."""
+"""Find, check and open the pictures of samples. Pictures lie below one folder; none is fetched from a network."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from torchao_qig.errors import UserError
 
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # JPEG, PNG, GIF, WebP, BMP, TIFF
-LONG = 256  # characters: what is shorter is rather a path than a picture
+LONG = 256  # characters: a shorter text is taken for a path, not for a picture
 
 
 class BadRow(UserError):
-    """A row that is no sample: the reason, by which rows are counted, and what it was here."""
+    """A row that is no sample. `reason`: the kind of fault, by which rows are counted. `detail`: what exactly is wrong with this row."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -24,10 +24,10 @@ class BadRow(UserError):
 
 
 def located(value: Any, folder: Path, confined: bool) -> Any:
-    """A picture as a row names it -> a path, bytes or a PIL image. It is not opened.
+    """The picture that a row names, as a path, bytes or a PIL image. It is not opened.
 
-    Relative paths are below `folder` and stay there; absolute ones, too, where pictures are `confined` to it.
-    A long text that is no file may be the picture itself, in base64.
+    A relative path is relative to `folder` and must not leave it. If pictures are `confined` to `folder`, an absolute path must lie in it, too.
+    A long text that names no file may be the picture itself, in base64.
     """
     if isinstance(value, dict) and {"bytes", "path"} & set(value):  # as `datasets` stores pictures
         value = value.get("bytes") or value.get("path")
@@ -62,7 +62,7 @@ def _encoded(text: str) -> bytes | None:
 
 
 def _inline(url: str) -> bytes:
-    """data:image/png;base64,..."""
+    """The picture in a URL such as data:image/png;base64,..."""
     head, _, data = url.partition(",")
     try:
         if not head.endswith(";base64"):
@@ -83,7 +83,7 @@ def opened(image: Any) -> Any:
 
 
 def check(image: Any) -> None:
-    """Reads the whole picture; a damaged one is a bad row."""
+    """Read the whole picture; raises `BadRow` if it is damaged."""
     from PIL import Image
 
     try:
@@ -91,5 +91,5 @@ def check(image: Any) -> None:
             with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as picture:
                 picture.verify()
         opened(image)
-    except Exception as error:  # decoders raise whatever they like
+    except Exception as error:  # decoders raise any kind of exception
         raise BadRow("image unreadable", f"{image.name if isinstance(image, Path) else type(image).__name__}: {error}") from error

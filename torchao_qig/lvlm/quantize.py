@@ -4,8 +4,8 @@
     OUTPUT/README.md    model card: how to load it, what was done, what was measured
     OUTPUT/qig/         recipe.yaml, receipt.json, calibration/, and for the report: sensitivity/, samples.json, samples/
 
-Everything is made in OUTPUT.partial and renamed at the end, so OUTPUT is whole or not there. Blocks that are done lie there, too: a run
-that was interrupted continues with `resume`.
+Everything is written into OUTPUT.partial and moved to OUTPUT at the end, so OUTPUT is either complete or absent. OUTPUT.partial also holds the
+blocks that are done, with which `resume` continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ Say = Callable[[str], None]
 
 
 def partial_of(output: Path) -> Path:
+    """The directory that a run works in until OUTPUT is complete."""
     return output.with_name(output.name + ".partial")
 
 
 def _output_of(wanted: recipe.Recipe, resume: bool) -> Path:
-    """Where the result goes; what would fail only at the end is an error now."""
+    """The directory for the result. Whatever would make writing it fail at the end raises an error now."""
     output = Path(wanted.output).expanduser().resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output={wanted.output!r}: exists already; pass another directory, or delete it")
@@ -59,8 +60,11 @@ def _output_of(wanted: recipe.Recipe, resume: bool) -> Path:
 
 @contextmanager
 def _working(partial: Path, wanted: recipe.Recipe) -> Iterator[None]:
-    """In `partial`, alone. It goes when all is done, and when another try needs other settings. It stays after any other error and after an
-    interruption: the blocks that are done may have taken hours, and `resume` continues with them."""
+    """Work in the directory `partial`, which is locked for other runs.
+
+    It is deleted at the end, and also if the model is broken or a fresh run needs other settings. It stays after any other error and after an
+    interruption: the blocks that are done may have taken hours, and `resume` continues with them.
+    """
     fresh = not partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     lock = FileLock(partial / "lock", timeout=0)
@@ -85,11 +89,11 @@ def _working(partial: Path, wanted: recipe.Recipe) -> Iterator[None]:
         lock.release()
         if done:
             with suppress(OSError):
-                partial.rmdir()  # is left where an open file, the lock, cannot be deleted
+                partial.rmdir()  # still there on systems where an open file (the lock) cannot be deleted
 
 
 def samples_of(wanted: recipe.Recipe) -> tuple[Sequence[Sample], Samples]:
-    """The samples that a recipe names, and those that they were made of."""
+    """The samples that a recipe asks for, and the samples that were read to make them."""
     prompt = {"prompt": wanted.prompt} if wanted.prompt else {}
     with naming_argument("calib"):
         found = read_samples(wanted.calib, wanted.images, split=wanted.split, count=wanted.samples * wanted.interleaved, seed=wanted.seed, **prompt)
@@ -97,7 +101,7 @@ def samples_of(wanted: recipe.Recipe) -> tuple[Sequence[Sample], Samples]:
 
 
 def prepared(wanted: recipe.Recipe, say: Say) -> tuple[Any, Sequence[Sample], Batches, dict[str, int]]:
-    """Processor, samples, batches and what was skipped: all that can be wrong with them is known before weights are loaded."""
+    """The processor, the samples, their batches, and the number of skipped samples by reason. Made before weights are loaded, to fail early."""
     processor = load_processor(wanted.model, wanted.revision)
     samples, read = samples_of(wanted)
     say(read.summary())
@@ -107,13 +111,13 @@ def prepared(wanted: recipe.Recipe, say: Say) -> tuple[Any, Sequence[Sample], Ba
 
 
 def run(wanted: recipe.Recipe, resume: bool = False, dry_run: bool = False, say: Say = print) -> Path:
-    """Quantize as the recipe says; the directory that was written."""
+    """Quantize as the recipe says. Returns the directory that was written."""
     wanted.needs("model", "calib", *([] if dry_run else ["output"]))
     output = Path() if dry_run else _output_of(wanted, resume)
     processor, samples, batches, skipped = prepared(wanted, say)
     model = load_model(wanted.model, wanted.dtype, wanted.revision)
     planned = plan(model, wanted.config(calib=list(batches)))
-    say(str(planned) if dry_run else planned.outlook())  # calibration shows the rest on its way
+    say(str(planned) if dry_run else planned.outlook())  # calibration shows the rest as it proceeds
     if dry_run:
         return output
     partial = partial_of(output)
@@ -127,7 +131,7 @@ def run(wanted: recipe.Recipe, resume: bool = False, dry_run: bool = False, say:
         started_blocks = time.perf_counter()
         kept = {"checkpoint_dir": partial / "blocks"} if wanted.config().chosen_steps else {}
         calibration = calibrate(model, _drained(batches), wanted.config(calib=None, **kept))
-        resumed = calibration.stats["seconds"] - (time.perf_counter() - started_blocks)  # what an interrupted run has spent
+        resumed = calibration.stats["seconds"] - (time.perf_counter() - started_blocks)  # seconds that an interrupted run has spent
         quantize_(model, wanted.config(calib=calibration))
         _correct(planned, model, before)
         found = divergence(reference, model, looked_at)
@@ -136,7 +140,7 @@ def run(wanted: recipe.Recipe, resume: bool = False, dry_run: bool = False, say:
         receipt = _receipt(wanted, planned, batches, skipped, found, time.perf_counter() - started + max(0.0, resumed))
         _save(partial, output, model, processor, wanted, calibration, explained, receipt)
         if output.exists():
-            output.rmdir()  # empty, as has been checked
+            output.rmdir()  # `_output_of` has checked that it is empty
         os.replace(partial / "saved", output)
     return Path(wanted.output).expanduser()
 

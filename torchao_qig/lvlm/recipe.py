@@ -1,9 +1,9 @@
-"""A recipe: everything that a run is made of, as flags and YAML files say it.
+"""A recipe: all settings of a run, given by flags and YAML files.
 
-One flat list of keys. Those of `Recipe` itself say what is loaded, on which samples, and where the result goes. All others are
-settings of `QIGWeightOnlyConfig` (with `int8_activations: true` of `QIGInt8DynamicActivationConfig`) or of `Running`, and mean what they mean there.
+A recipe is one flat list of keys. The keys of `Recipe` itself say what is loaded, which samples are used, and where the result goes. All others
+are settings of `QIGWeightOnlyConfig` (with `int8_activations: true` of `QIGInt8DynamicActivationConfig`) or of `Running`, and mean what they mean there.
 Steps are plain data: `steps: [{equalize: {grid: 10}}, compensate]`.
-Defaults come first, then files, then flags. Every run writes the outcome as recipe.yaml, which is a recipe again.
+Files override defaults, and flags override files. Every run writes the resulting recipe as recipe.yaml, which is such a file again.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from torchao_qig.lvlm.load import DTYPES, device_of, dtype_of
 from torchao_qig.methods.plain import from_plain, plain
 from torchao_qig.running import Running
 
-FIXED = {"format", "dtype", *RUNTIME}  # settings of the config that a recipe does not have; `dtype` is what it loads in
+FIXED = {"format", "dtype", *RUNTIME}  # settings of the config that are no keys of a recipe; a recipe's own `dtype` is the one to load in
 RUNNING = ("compute_dtype", "micro_batch", "max_host_memory")
 TEXTS = {"model", "output", "calib", "images", "split", "revision", "prompt", "dtype", "device"}
 
 
 @dataclass
 class Recipe:
-    """
+    """All settings of a run.
+
     Attributes:
-        model: directory, or name on the hub; `revision` of the latter.
+        model: directory, or name on the hub; `revision`: that of a model on the hub.
         output: directory to write.
-        calib, images, split: the samples (see `samples.read_samples`).
-        samples, seed: how many, and which.
+        calib, images, split: where the samples are (see `samples.read_samples`).
+        samples, seed: how many samples to draw, and the seed of the draw.
         prompt: the question for captions that come without one.
-        few_shot, interleaved: that many samples in one, as the paper's other formats.
-        tokens, max_length: in a batch; in a sample, longer ones are left out.
-        dtype: to load in; "auto" is as stored.
+        few_shot: demonstrations before each sample; `interleaved`: samples joined to one. Both are formats of the paper.
+        tokens: largest number of tokens of a batch; `max_length`: of a sample, longer ones are left out.
+        dtype: the dtype to load in; "auto" is as stored.
         device: where blocks are computed.
         int8_activations: W4A8 and the like.
         method, steps: how to calibrate: a name, or a list of steps.
-        explain: samples that the report shows token weights of.
-        max_kl: a model that diverges more from full precision is an error (nats per token).
-        settings: of the config.
+        explain: number of samples whose token weights the report shows.
+        max_kl: largest KL to full precision in nats per token; a model beyond it is an error.
+        settings: those of the config.
     """
 
     model: str = ""
@@ -93,16 +94,16 @@ class Recipe:
                 raise UserError(f"{name}={getattr(self, name)!r}: pass a text")
         dtype_of(self.dtype)
         device_of(self.device)
-        self.config()  # its own checks
+        self.config()  # raises if the config refuses a setting
 
     def needs(self, *names: str) -> None:
-        """Raise for keys that this run cannot do without."""
+        """Raise if one of these keys is not given."""
         missing = [name for name in names if not getattr(self, name)]
         if missing:
             raise UserError(f"{', '.join(missing)}: not given; pass {', '.join(f'--{n}' if n != 'model' else 'MODEL' for n in missing)}, or --config with them")
 
     def config(self, **runtime: Any) -> QIGWeightOnlyConfig:
-        """What `quantize_` takes."""
+        """The config for `quantize_`. `runtime`: settings of the config that a recipe does not have, such as calib."""
         made = QIGInt8DynamicActivationConfig if self.int8_activations else QIGWeightOnlyConfig
         settings: dict[str, Any] = {k: v for k, v in self.settings.items() if k not in RUNNING}
         running: dict[str, Any] = {k: v for k, v in self.settings.items() if k in RUNNING}
@@ -119,7 +120,7 @@ class Recipe:
         return made(**settings, method=self.method, running=Running(**running), **runtime)
 
     def resolved(self) -> dict[str, Any]:
-        """All keys with their values."""
+        """All keys with their values, defaults included."""
         config = self.config()
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
         own["steps"] = None if self.steps is None else [plain(step) for step in config.steps or []]
@@ -157,7 +158,7 @@ def keys(int8_activations: bool = False) -> list[str]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The keys of a file."""
+    """The keys and values of a YAML file."""
     try:
         found = yaml.safe_load(Path(path).expanduser().read_text())
     except FileNotFoundError:
@@ -170,7 +171,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def pairs(texts: list[str]) -> dict[str, Any]:
-    """Keys from key=value, as `--set` has them."""
+    """Keys and values from texts of the form key=value, as `--set` takes them."""
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -184,10 +185,10 @@ def pairs(texts: list[str]) -> dict[str, Any]:
 
 
 def recipe(*layers: dict[str, Any]) -> Recipe:
-    """A recipe from keys, later ones going over earlier ones."""
+    """A recipe from layers of keys. Later layers override earlier ones."""
     given: dict[str, Any] = {}
     for layer in layers:
-        for key, other in (("method", "steps"), ("steps", "method")):  # a later one of them stands for both
+        for key, other in (("method", "steps"), ("steps", "method")):  # each of them replaces an earlier value of the other
             if layer.get(key) is not None and layer.get(other) is None:
                 given.pop(other, None)
         given |= layer

@@ -1,6 +1,7 @@
-"""Rows of whatever holds samples: JSON, JSON Lines, COCO, CSV, text, folders of pictures, parquet, arrow, the hub.
+"""Read rows from anything that holds samples: JSON, JSON Lines, COCO, CSV, text, folders of pictures, parquet, arrow, the hub.
 
-A source is known by its content. Rows are read one by one, by number; each knows its place ("coco.jsonl:17").
+The format of a source is told by its content, that of CSV and text by the file's suffix. Rows are read one at a time, by number. Each row has
+a place, such as "coco.jsonl:17".
 """
 
 from __future__ import annotations
@@ -26,14 +27,21 @@ FORMATS = (
     " (owner/name)"
 )
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow")  # of files, never of names on the hub
-PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")  # how files begin
+PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")  # the first bytes of such files
 PATH = "path"  # the argument of `read_samples` that errors are about
-LIMIT = threading.Lock()  # csv's limit of a field is the whole process's
+LIMIT = threading.Lock()  # csv.field_size_limit is set for the whole process
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`row(i)` may raise `BadRow`; `folder`: where relative pictures are."""
+    """The rows of a source.
+
+    Attributes:
+        count: how many there are.
+        row: number -> row. It may raise `BadRow`.
+        place: number -> place, such as "coco.jsonl:17".
+        folder: the folder that paths of pictures are relative to.
+    """
 
     count: int
     row: Callable[[int], Any]
@@ -42,7 +50,7 @@ class Rows:
 
 
 def rows_of(path: str | Path, split: str) -> Rows:
-    """What the path holds; an error names the formats."""
+    """The rows of a file, a folder or a data set on the hub. An error names the known formats."""
     found = Path(path).expanduser()
     if found.is_dir():
         return _folder(found, split)
@@ -56,7 +64,7 @@ def rows_of(path: str | Path, split: str) -> Rows:
 
 
 def _listed(places: list[str], rows: list[Any], folder: Path) -> Rows:
-    """Rows in memory; a `BadRow` among them is raised when it is its turn."""
+    """Rows in memory. A `BadRow` among them is raised when it is read."""
 
     def row(i: int) -> Any:
         if isinstance(rows[i], BadRow):
@@ -88,7 +96,7 @@ def _text(path: Path, text: str) -> Rows:
         try:
             return _json(path, json.loads(text))
         except json.JSONDecodeError as error:
-            lines = [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # strings may hold what else ends lines
+            lines = [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # strings may hold other line breaks
             if path.suffix == ".jsonl" or any(isinstance(_parsed(line), dict) for _, line in lines):
                 return Rows(len(lines), lambda i: _line(lines[i][1]), lambda i: f"{path.name}:{lines[i][0]}", path.parent)
             if path.suffix != ".txt":
@@ -209,7 +217,7 @@ def _dataset(load: Callable[[Any], Any], name: str, folder: Path) -> Rows:
 
 
 def _hub(name: str, split: str) -> Rows:
-    """owner/name, or owner/name:configuration."""
+    """The rows of a data set on the hub, named owner/name or owner/name:configuration."""
     repository, _, configuration = name.partition(":")
 
     def load(datasets: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Samples for calibration and evaluation, read from what users have: a file, a folder, a data set.
+"""Read samples for calibration and evaluation from a file, a folder or a data set.
 
-A row becomes a `Sample`: chat messages with their pictures, which are opened only when used. What is no sample is skipped,
-counted and named with its place; nothing is guessed, nothing fetched.
+A row becomes a `Sample`: chat messages with their pictures, which are checked now and opened again when they are used. A row that is no
+sample is skipped, counted and named with its place. Nothing is guessed, and no picture is fetched from a network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchao_qig.lvlm.pictures import BadRow, check, located
 from torchao_qig.lvlm.rows import PATH, rows_of
 
 PROMPT = "Describe this image in detail."
-SHOWN = 110  # characters of what is wrong with a row
+SHOWN = 110  # largest number of characters shown about a faulty row
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Sample:
 
 @contextmanager
 def naming_argument(name: str) -> Iterator[None]:
-    """Errors of `read_samples` about its `path` speak of this argument, which the path came from."""
+    """While this runs, errors of `read_samples` about its argument `path` name the argument `name` instead, which the path came from."""
     try:
         yield
     except UserError as error:
@@ -47,25 +47,25 @@ def naming_argument(name: str) -> Iterator[None]:
 
 
 def shortened(detail: str) -> str:
-    """The beginning and the end of what may be a whole file."""
+    """The text, or only its beginning and end if it is long: it may hold a whole file."""
     return detail if len(detail) <= SHOWN else f"{detail[: SHOWN - 65]} ... {detail[-60:]}"
 
 
 def describe_skipped(skipped: dict[str, list[str]], shown: int = 3) -> str:
-    """image missing: coco.jsonl:4 (dog.jpg), coco.jsonl:9 (cat.jpg) and 5 more; ..."""
+    """The skipped rows as text, such as `image missing: coco.jsonl:4 (dog.jpg), coco.jsonl:9 (cat.jpg) and 5 more; ...`."""
     rest = {reason: len(places) - shown for reason, places in skipped.items()}
     return "; ".join(f"{reason}: {', '.join(places[:shown])}" + (f" and {rest[reason]} more" if rest[reason] > 0 else "") for reason, places in skipped.items())
 
 
 @dataclass(frozen=True)
 class Samples(Sequence[Sample]):
-    """The good samples, in the order in which they were drawn; `skipped`: reasons with the places of the rows."""
+    """The good samples, in the order in which they were drawn. `skipped`: reason -> places of the rows that were skipped for it."""
 
     path: str
     samples: tuple[Sample, ...]
     skipped: dict[str, list[str]] = field(default_factory=dict)
-    rows: int = 0  # of the source
-    wanted: int | None = None
+    rows: int = 0  # number of rows of the source
+    wanted: int | None = None  # number of samples asked for
 
     @overload
     def __getitem__(self, i: int) -> Sample: ...
@@ -81,7 +81,7 @@ class Samples(Sequence[Sample]):
         return iter(self.samples)
 
     def summary(self) -> str:
-        """How many there are, and what was skipped why."""
+        """How many samples there are, and which rows were skipped for which reason."""
         count = sum(map(len, self.skipped.values()))
         lines = [f"{len(self)} samples from {self.path} ({self.rows} rows)"]
         if self.wanted is not None and len(self) < self.wanted:
@@ -100,16 +100,16 @@ def read_samples(
     count: int | None = None,
     seed: int = 0,
 ) -> Samples:
-    """The first `count` good rows after a shuffle with `seed`, all where None. Pictures of rows that are not drawn are not opened.
+    """The first `count` good rows after a shuffle with `seed`, or all good rows. Pictures of rows that are not drawn are not opened.
 
     Args:
         path: JSON, JSON Lines, COCO captions, CSV, text, parquet or arrow; a folder of pictures or of a data set; owner/name (or
             owner/name:configuration) on the hub. Rows have messages, conversations, question with answer, caption, or text.
-        images: folder that the pictures are in; by default that of the file. With it, none from elsewhere is opened.
-        split: of a data set that has several.
+        images: folder that the pictures are in; by default that of the file. If it is given, no picture outside it is opened.
+        split: which split to read of a data set that has several.
         prompt: the question that captions answer.
-        count: how many; a bad row is replaced by the next good one.
-        seed: of the shuffle: the same seed draws the same rows, and fewer are the first of more.
+        count: how many samples; None for all. A bad row is replaced by the next good one.
+        seed: seed of the shuffle. The same seed draws the same rows, and a smaller count draws the first of them.
     """
     if count is not None and count < 1:
         raise UserError(f"count={count}: draw at least 1 sample, or all with None")

@@ -1,7 +1,7 @@
-"""What a checkpoint's files say of its packed weights, and whether its config.json says the same. Reads headers, no weights.
+"""Check that a checkpoint's config.json and its files say the same about the packed weights. Only headers are read, no weights.
 
-transformers gives random weights where config.json has lost its quantization_config, under a warning; and where it says other bits than
-the files hold, it takes those of the files, while vLLM and readers take those of config.json.
+If config.json has lost its quantization_config, transformers warns and loads random weights. If it names other bits than the files hold,
+transformers uses the bits of the files, while vLLM and human readers rely on config.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CURE = "put the config.json back that was saved with these files, or quantize ag
 
 
 class Packed(NamedTuple):
-    """A packed weight in a file, and what the file says of it; nothing where its description is lost."""
+    """A packed weight: the file that holds it, and its attributes as the file describes them. They are empty if the description is lost."""
 
     file: str
     attributes: dict[str, Any]
@@ -45,7 +45,7 @@ def _files(path: str, revision: str | None) -> list[Path]:
 
 
 def packed(path: str, revision: str | None = None) -> dict[str, Packed]:
-    """Packed weights by name. A file may hold the model's names, the hub's, or both."""
+    """The packed weights in a checkpoint's files, by name. The names may be the model's, the hub's, or both."""
     weights: dict[str, Packed] = {}
     for file in _files(path, revision):
         with safe_open(file, "pt") as opened:
@@ -69,7 +69,7 @@ def described(config: Any) -> Any:
 
 
 def _of(config: Any, weight: str) -> Any:
-    """Our config for this weight; None where it has another one or none."""
+    """The config of ours for this weight; None if the weight has another config or none."""
     if isinstance(config, FqnToConfig):
         names = (weight, weight.rpartition(".")[0])
         known = config.fqn_to_config

@@ -1,7 +1,7 @@
-"""A page about a quantized checkpoint: which tokens counted, what each layer lost, where the bits went, and what it cost.
+"""A page about a quantized checkpoint: the weights of tokens, the errors of layers, the bits, the accuracy and the cost.
 
-`write` makes one HTML file that loads nothing from anywhere, and each figure as SVG and PNG beside it. It reads what the commands left in the
-checkpoint's folder qig/; of what is not there the page says which command writes it.
+`write` makes one HTML file that loads no other file, and each figure as SVG and PNG beside it. It reads the files that the commands wrote into
+the checkpoint's folder qig/. For a part that is missing, the page names the command that writes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def write(directory: str | os.PathLike[str], output: str | os.PathLike[str] | No
     """Write the page of a quantized checkpoint.
 
     Args:
-        directory: what `torchao-qig quantize` wrote.
+        directory: a directory that `torchao-qig quantize` wrote.
         output: the page's path; figures are written beside it. By default qig/report/report.html in the directory.
 
     Returns:

@@ -1,6 +1,7 @@
 """The calibration samples as the page shows them: pictures under a map of their tokens' weights, texts coloured token by token.
 
-Every picture has one strip of maps, a map per view, of which the page shows one at a time; texts carry their weights in every view.
+The page shows one view at a time (`weights.View`). Every picture has one image with the maps of all views, and every token of a text has its
+weights in all views.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from torchao_qig.report.read import Found
 from torchao_qig.report.weights import KINDS, Sample, View
 
 SAMPLES = 8
-PIXELS = 3_000_000  # of all maps together: what keeps the page at a few megabytes
+PIXELS = 3_000_000  # largest number of pixels of all maps together, so that the page has a few megabytes
 THUMBNAIL = 448
-PER_ROW = 32  # tokens in a row where their places are not known
-SPAN = 6  # powers of two that a weight's byte reaches on either side of 1
+PER_ROW = 32  # tokens in a row of a map, if their places are not known
+SPAN = 6  # the byte of a weight covers so many powers of two on either side of 1
 CODES = {code: kind for kind, code in MODALITIES.items()}
 
 
 class _Drawing(NamedTuple):
-    """How maps are drawn: pixels along a side at most, and the reach of the colours."""
+    """How maps are drawn. `largest`: most pixels along a side. `reach`: that of the colours (`colours.reach`)."""
 
     largest: int
     reach: float
@@ -38,7 +39,7 @@ class _Drawing(NamedTuple):
 
 @dataclass
 class Token:
-    """One token of a text, or all of a picture in a row (`count`)."""
+    """One token of a text, or a run of `count` picture tokens that is shown as one."""
 
     text: str
     kind: str  # of MODALITIES
@@ -49,8 +50,13 @@ class Token:
 
 @dataclass
 class Picture:
-    """`image`, `maps`: data URIs; `maps` holds the views one below the other. `strip`: the aspect ratio of a map that lies beside the picture
-    and not over it."""
+    """A picture of a sample.
+
+    Attributes:
+        image: data URI of the picture.
+        maps: data URI of the maps of all views, one below the other.
+        strip: the aspect ratio of maps that are shown beside the picture; empty if they lie over it.
+    """
 
     image: str
     maps: str
@@ -63,7 +69,7 @@ class Picture:
 
 @dataclass
 class Card:
-    """`weights`: per view, base64 of a byte per token as it is shown (see `packed`)."""
+    """A sample as the page shows it. `weights`: for each view, the weights of the shown tokens in base64 (see `packed`)."""
 
     source: str
     tokens: list[Token]
@@ -74,7 +80,7 @@ class Card:
 
 
 def cards(found: Found, chosen: list[View], samples: list[Sample], reach: float) -> list[Card]:
-    """One for every sample; without token weights, what samples.json has. `reach`: of the colours."""
+    """A card for every sample. Without token weights, the cards show only what samples.json has. `reach`: that of the colours."""
     described = [*found.samples[: len(samples) or SAMPLES], *[{}] * (len(samples) - len(found.samples))]
     shared = [_shared(d, s) for d, s in zip(described, samples, strict=True)] if samples else [None] * len(described)
     every = [seen for one in shared if one for _, seen in one]
@@ -89,6 +95,7 @@ def cards(found: Found, chosen: list[View], samples: list[Sample], reach: float)
 
 
 def _shared(described: dict[str, Any], sample: Sample) -> list[tuple[NDArray[np.int64], Seen]] | None:
+    """The token positions of each of the sample's pictures, and how the model sees the picture; None if that is not known."""
     hints = described.get("hints") or {}
     images = described.get("images") or []
     sizes = [(float(i["width"]), float(i["height"])) for i in images if i.get("width") and i.get("height")]
@@ -124,7 +131,7 @@ def _card(
 
 
 def _tokens(sample: Sample, names: list[str], reach: float) -> tuple[list[Token], NDArray[np.float64]]:
-    """What is shown in the text, and its weights (views, shown): a row of vision tokens is one, with their mean."""
+    """The tokens that the text shows, and their weights (views, shown). A run of vision tokens is shown as one token with their mean weight."""
     runs = dict(runs_of(sample.modality == MODALITIES["vision"]))
     tokens, columns, at = [], [], 0
     while at < len(sample.modality):
@@ -140,7 +147,7 @@ def _tokens(sample: Sample, names: list[str], reach: float) -> tuple[list[Token]
 
 
 def packed(weights: NDArray[np.float64]) -> str:
-    """A byte per weight: 255 steps of its logarithm, from 1/64 to 64. The page's script reads it."""
+    """Weights in base64, a byte each: 255 steps of the weight's logarithm, from 1/64 to 64. The page's script decodes it."""
     steps = np.clip(np.round((np.log2(np.maximum(weights, 1e-9)) / SPAN + 1) / 2 * 254), 0, 254)
     return base64.b64encode(steps.astype(np.uint8).tobytes()).decode()
 
@@ -171,7 +178,7 @@ def _picture(found: Found, image: dict[str, Any], alt: str, where: Boxes | None,
 
 
 def _strip(count: int) -> Boxes:
-    """Tokens in rows, as far as they go."""
+    """Boxes for `count` tokens in rows of `PER_ROW`."""
     rows = math.ceil(count / PER_ROW)
     return cells(rows, PER_ROW)[:count] if rows else nowhere(0)
 

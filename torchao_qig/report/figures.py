@@ -1,7 +1,7 @@
-"""The figures: each a matplotlib figure, written as SVG and PNG, and as SVG for the page.
+"""The figures. Each is drawn with matplotlib, written as SVG and PNG, and returned as SVG for the page.
 
-In the page's copy what is ink here takes the page's colour of text, so that it reads on light and on dark; identifiers get the figure's name
-in front, so that several can stand in one document.
+In the page's copy, the colour INK becomes the page's text colour, so that the figure is legible on light and dark pages. Identifiers get the
+figure's name as a prefix, so that several figures can be in one document.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from torchao_qig.report.weights import KINDS
 
-INK, PAPER = "#010203", "#ffffff"  # colours that nothing else has, so that the page can put its own
+INK, PAPER = "#010203", "#ffffff"  # nothing else has the colour INK, so that the page can replace it
 BLUE, ORANGE, GREY = "#2f7ed8", "#e9540c", "#8a8f98"
 SERIES = (BLUE, ORANGE, "#1a9e77", "#a463d6", "#c79a00", "#d6498f", "#6b7785", "#00a3b4")
 WIDTH = 7.2  # inches; 72 points each
@@ -41,7 +41,7 @@ Values = Mapping[str, Mapping[str, float]]  # column -> row -> value
 
 @dataclass
 class Drawn:
-    """`svg`: to stand in the page. `alt`: what there is to see, in words."""
+    """A figure. `svg`: its copy for the page. `alt`: a description in words of what it shows."""
 
     name: str
     svg: Markup
@@ -66,7 +66,7 @@ def _written(figure: Figure, name: str, alt: str, directory: Path) -> Drawn:
     figure.savefig(directory / f"{name}.png", dpi=150, facecolor=PAPER)
     inline = svg[svg.index("<svg") :].replace(INK, "currentColor")
     inline = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", inline)
-    inline = re.sub(r"<style.*?</style>", "", inline, flags=re.DOTALL)  # it would be the whole page's
+    inline = re.sub(r"<style.*?</style>", "", inline, flags=re.DOTALL)  # a style in it would apply to the whole page
     said = f'<svg role="img" aria-label="{html.escape(alt)}" style="stroke-linejoin:round;stroke-linecap:butt" '
     return Drawn(name, Markup(inline.replace("<svg ", said, 1)), alt)
 
@@ -78,7 +78,7 @@ def _grid(values: Values) -> tuple[list[str], list[str], NDArray[np.float64]]:
 
 
 def _heat(axis: Any, values: NDArray[np.float64], columns: Sequence[str], rows: Sequence[str] | None, text: Callable[[float], str], **colours: Any) -> Any:
-    """A heat map: cells with their numbers, the first row on top."""
+    """Draw a heat map: cells with their numbers, the first row on top."""
     mesh = axis.pcolormesh(np.ma.masked_invalid(values), edgecolors="face", linewidth=0.4, **colours)
     axis.invert_yaxis()
     axis.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
@@ -96,7 +96,7 @@ def _heat(axis: Any, values: NDArray[np.float64], columns: Sequence[str], rows: 
 
 
 def sensitivity(values: Mapping[str, Values], directory: Path) -> Drawn:
-    """Kind of token -> kind of group -> layer -> mean weight."""
+    """Heat maps of token weights. `values`: kind of token -> kind of group -> layer -> mean weight."""
     name, kinds = "sensitivity", [kind for kind in KINDS if kind in values]
     columns, rows, _ = _grid(values[kinds[0]])
     blend = LinearSegmentedColormap.from_list("weights", [BLUE, "#f4f4f2", ORANGE])
@@ -125,7 +125,13 @@ def _panels(name: str, kinds: Sequence[str], height: float = 1.75) -> Any:
 
 
 def errors(before: Values, after: Values, what: str, directory: Path) -> Drawn:
-    """Kind of group -> layer -> error, before and after. One panel for each kind."""
+    """Errors by layer before and after, one panel for each kind of group.
+
+    Args:
+        before, after: kind of group -> layer -> error.
+        what: the name of the error.
+        directory: where the figure is written.
+    """
     name, kinds = "errors", list(before)
     _, rows, _ = _grid(before)
     with _panels(name, kinds) as figure:
@@ -151,7 +157,7 @@ def errors(before: Values, after: Values, what: str, directory: Path) -> Drawn:
 
 
 def ratios(values: Values, directory: Path) -> Drawn:
-    """Kind of group -> layer -> chosen ratio."""
+    """Chosen ratios by layer. `values`: kind of group -> layer -> ratio."""
     name, (_, rows, grid) = "ratios", _grid(values)
     with _drawing(name, 2.6) as figure:
         axis = figure.subplots()
@@ -165,7 +171,7 @@ def ratios(values: Values, directory: Path) -> Drawn:
 
 
 def bits(values: Values, directory: Path) -> Drawn:
-    """Kind of linear -> layer -> bits."""
+    """A heat map of bits. `values`: kind of linear -> layer -> bits."""
     name, (columns, rows, grid) = "bits", _grid(values)
     blend = LinearSegmentedColormap.from_list("bits", ["#0b3c6f", "#dbe8f6"])
     with _drawing(name, 1.4 + 0.19 * len(rows)) as figure:
@@ -176,7 +182,7 @@ def bits(values: Values, directory: Path) -> Drawn:
 
 
 def against_size(rows: Sequence[Mapping[str, Any]], measure: str, what: str, directory: Path) -> Drawn:
-    """Each model's size against a measure with its interval; `measure`: a key of the rows."""
+    """A measure of each model, with its interval, against the model's size. `measure`: its key in the rows. `what`: its name."""
     name = "size"
     with _drawing(name, 2.8) as figure:
         axis = figure.subplots()

@@ -1,4 +1,4 @@
-"""Names of modules as the places that figures put them at: a row for each layer, a column for each kind of module."""
+"""Where figures put a module, told by its name: its row is its layer, its column is its kind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """model.layers.3.mlp.up_proj is ("model.layers", 3, "mlp.up_proj"); without a number the layer is None."""
+    """The parts of a module's name: model.layers.3.mlp.up_proj is ("model.layers", 3, "mlp.up_proj"). Without a number, the layer is None."""
 
     stack: str
     layer: int | None
@@ -15,16 +15,17 @@ class Place(NamedTuple):
 
 
 def place(name: str) -> Place:
+    """The place of the module with this name: its first number is the layer."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
-            within = ("*" if p.isdecimal() else p for p in parts[i + 1 :])  # experts are one kind
+            within = ("*" if p.isdecimal() else p for p in parts[i + 1 :])  # all experts of a layer are one kind
             return Place(".".join(parts[:i]), int(part), ".".join(within) or "layer")
     return Place("", None, name)
 
 
 def row(name: str, several: bool) -> str:
-    """What a row is called; `several`: there are layers of more than one stack."""
+    """The label of a module's row. `several`: whether there are layers of more than one stack."""
     stack, layer, _ = place(name)
     if layer is None:
         return "-"
@@ -32,7 +33,7 @@ def row(name: str, several: bool) -> str:
 
 
 def rows(names: Iterable[str]) -> dict[str, str]:
-    """Name -> its row, in the order of stacks and layers."""
+    """Name of a module -> label of its row, ordered by stack and layer."""
     found = {name: place(name) for name in names}
     stacks = list(dict.fromkeys(p.stack for p in found.values() if p.layer is not None))
     order = sorted(

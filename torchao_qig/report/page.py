@@ -1,4 +1,4 @@
-"""One page from what was found: figures drawn, samples coloured, everything in one HTML file that loads nothing."""
+"""Make the page: draw the figures, colour the samples, and put everything into one HTML file that loads no other file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEASURES = {"accuracy": "accuracy", "kl": "KL to full precision", "nll": "NLL pe
 
 
 def write(directory: Path, output: Path | None = None) -> Path:
-    """See `torchao_qig.report.write`."""
+    """Read the checkpoint in `directory` and write its page; see `torchao_qig.report.write`."""
     found = read(directory)
     path = output or directory / FOLDER / "report" / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def write(directory: Path, output: Path | None = None) -> Path:
 
 
 def render(found: Found, directory: Path) -> str:
-    """The page. Figures are also written to `directory`, one file each."""
+    """The page as HTML. The figures are also written into `directory`, as files of their own."""
     weighted = found.sensitivity if found.sensitivity and found.sensitivity.tokens else None
     chosen = views(weighted) if weighted else []
     weighed = samples(weighted, chosen, SAMPLES) if weighted else []
@@ -61,7 +61,7 @@ def render(found: Found, directory: Path) -> str:
 
 
 def _choices(chosen: list[View]) -> dict[str, list[tuple[str, int]]]:
-    """Kind of group -> its layers' names and views, as the page's control takes them."""
+    """Kind of group -> (layer, number of the view) of each of its views, for the page's controls."""
     found: dict[str, list[tuple[str, int]]] = {}
     for number, view in enumerate(chosen):
         found.setdefault(view.kind, []).append((view.layer, number))
@@ -69,7 +69,7 @@ def _choices(chosen: list[View]) -> dict[str, list[tuple[str, int]]]:
 
 
 def _decided(found: Found, weighted: Calibration | None, directory: Path) -> dict[str, Any]:
-    """The parts of the page that calibrations fill."""
+    """The parts of the page that come from calibrations."""
     calibration = found.calibration
     means = by_modality(weighted) if weighted else {}
     drawn: dict[str, figures.Drawn] = {}
@@ -104,7 +104,7 @@ def _decided(found: Found, weighted: Calibration | None, directory: Path) -> dic
 
 
 def _uneven(calibration: Calibration) -> bool:
-    """Whether a picture of the bits shows anything: different bits, or a layer that lacks some linear."""
+    """Whether a figure of the bits is of use: bits differ, or some layer lacks a linear that others have."""
     kinds: dict[str, set[str]] = {}
     for name, layer in rows(calibration.grids).items():
         kinds.setdefault(layer, set()).add(place(name).kind)
@@ -112,7 +112,7 @@ def _uneven(calibration: Calibration) -> bool:
 
 
 def _measured(found: Found) -> dict[str, Any]:
-    """The parts of the page that the receipt, the evaluation and the benchmark fill."""
+    """The parts of the page that come from the receipt, the evaluation and the benchmark."""
     return {
         "evaluation": tables.evaluation(found),
         "evaluation_by": tables.by(found.evaluation),

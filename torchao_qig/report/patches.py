@@ -31,10 +31,10 @@ class Seen:
 
     Attributes:
         width, height: of the picture as it was given, in any unit.
-        runs: numbers of vision tokens that follow each other without another token between.
-        gaps: numbers of other tokens between one run and the next.
-        grid: (frames, rows, columns) of patches before `merge` x `merge` of them become one token, where the processor says so.
-        tile: tokens of one square view, where the processor says so.
+        runs: length of each run of consecutive vision tokens.
+        gaps: number of other tokens between one run and the next.
+        grid: (frames, rows, columns) of patches, of which `merge` x `merge` become one token; None if the processor does not give it.
+        tile: number of tokens of one square view; None if the processor does not give it.
     """
 
     width: float
@@ -55,7 +55,7 @@ class Seen:
 
 
 def cells(rows: int, columns: int, box: tuple[float, ...] = (0.0, 0.0, 1.0, 1.0)) -> Boxes:
-    """A grid over a box, row after row."""
+    """The cells of a grid over a box, row after row."""
     left, top, right, bottom = box
     x, y = np.linspace(left, right, columns + 1), np.linspace(top, bottom, rows + 1)
     row, column = (index.ravel() for index in np.indices((rows, columns)))
@@ -67,13 +67,13 @@ def nowhere(tokens: int) -> Boxes:
 
 
 def side_of(tokens: int) -> int | None:
-    """The side of a square of so many tokens."""
+    """The side of a square of so many tokens; None if they form no square."""
     side = math.isqrt(tokens)
     return side if side > 0 and side * side == tokens else None
 
 
 def by_grid(seen: Seen) -> Boxes | None:
-    """The grid that the processor tells."""
+    """The grid that the processor gives."""
     if seen.grid is None:
         return None
     frames, rows, columns = seen.grid
@@ -89,7 +89,7 @@ def whole(seen: Seen, tile: int) -> Boxes | None:
 
 
 def tiles(seen: Seen, tile: int) -> Boxes | None:
-    """One view of the whole picture alone, or after (rarely before) `tile` tokens for each of its tiles."""
+    """Tiles of `tile` tokens each, then (rarely before them) a view of the whole picture; or that view alone."""
     side = side_of(tile)
     one_run = len(seen.runs) == 1
     if not side or seen.tokens % tile or not (one_run or set(seen.runs) == {tile}):
@@ -108,7 +108,7 @@ def tiles(seen: Seen, tile: int) -> Boxes | None:
 
 
 def _arrangement(count: int, aspect: float, between: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of tiles: of those that the gaps between them allow, the ones nearest to the picture's aspect ratio."""
+    """Rows and columns of tiles. Of all arrangements that the gaps between tiles allow, the one nearest to the picture's aspect ratio."""
     every = [(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0]
     allowed = every
     if len(set(between)) == 2:  # a longer gap where a row ends
@@ -134,8 +134,8 @@ def lines(seen: Seen, tile: int) -> Boxes | None:
 
 
 def _cut(aspect: float, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """For every number of tiles: rows and columns of tokens that are left where a picture fitted into the tiles is cut out again, and the
-    boxes that they cover (slightly beyond the picture or inside it, since whole tokens are cut)."""
+    """What is left if a picture is fitted into tiles and the padding is cut off again: for every number of tiles, the rows and columns of tokens
+    and the box that they cover. The box is slightly larger or smaller than the picture, since whole tokens are cut off."""
     rows, columns = ((index.ravel() + 1) * side for index in np.indices((MOST_PER_SIDE, MOST_PER_SIDE)))
     flat = aspect > columns / rows
     padded, inside = np.where(flat, rows, columns), np.where(flat, columns / aspect, rows * aspect)
@@ -148,13 +148,13 @@ def _cut(aspect: float, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 
 def _unpadded(aspect: float, side: int, rest: int) -> list[Grid]:
-    """Those of them that make `rest` tokens, line breaks included."""
+    """The grids of `_cut` that have `rest` tokens, line breaks included."""
     rows, columns, boxes = _cut(aspect, side)
     return [(int(rows[i]), int(columns[i]), tuple(boxes[i])) for i in np.flatnonzero((columns > 0) & (rows * (columns + 1) == rest))]
 
 
 def _limited(aspect: float, side: int, rest: int) -> list[Grid]:
-    """The same, shrunk where there are more tokens than some number of tiles holds."""
+    """The grids of `_cut` that have `rest` tokens after shrinking: grids with more tokens than some number of tiles holds are shrunk to it."""
     rows, columns, boxes = _cut(aspect, side)
     found: list[Grid] = []
     for most in range(max(1, rest // side**2 - 1), rest // side**2 + 2):
@@ -166,14 +166,14 @@ def _limited(aspect: float, side: int, rest: int) -> list[Grid]:
 
 
 def placed(pictures: Sequence[Seen]) -> list[Boxes | None]:
-    """Where the tokens of each picture lie, all being laid out alike; None for the pictures that this does not explain."""
+    """The places of each picture's tokens. One layout is assumed for all pictures; pictures that it does not fit get None."""
     told = [p.grid is not None for p in pictures]
     layout, tile = _layout([p for p, known in zip(pictures, told, strict=True) if not known])
     return [by_grid(p) if known else layout(p, tile) for p, known in zip(pictures, told, strict=True)]
 
 
 def _layout(pictures: Sequence[Seen]) -> tuple[Callable[[Seen, int], Boxes | None], int]:
-    """The layout that explains most pictures: of equals the first of those below, with the largest tiles."""
+    """The layout that fits most pictures, and the tokens of its tiles. Of equally good ones, the first in the order below, with the largest tiles."""
     hints = sorted({p.tile for p in pictures if p.tile}, reverse=True)
     runs = [run for p in pictures for run in p.runs]
     if hints:
@@ -195,7 +195,7 @@ def runs_of(vision: Sequence[bool]) -> list[tuple[int, int]]:
 def shared_out(
     runs: Sequence[tuple[int, int]], sizes: Sequence[tuple[float, float]], grids: Sequence[tuple[int, int, int]] = (), merge: int = 1, tile: int | None = None
 ) -> list[tuple[NDArray[np.int64], Seen]] | None:
-    """Each picture's token positions and how it is seen; None where the counts leave open which tokens are whose.
+    """Divide runs of vision tokens among pictures: each picture's token positions and its `Seen`. None if the counts leave the division open.
 
     `sizes`: (width, height) of each picture, in order.
     """
@@ -239,11 +239,14 @@ def raster(boxes: Boxes, weights: NDArray[np.float64], largest: int = 64) -> NDA
 
 
 def _resolution(extents: NDArray[np.float64], largest: int) -> int:
-    """As many pixels as fine cells lie side by side. (Cells that the picture's edge cuts are fewer than a quarter.)"""
+    """The number of pixels along a side: as many as the finest cells that fit side by side.
+
+    The lower quartile of the extents is taken for that of fine cells, since cells that the picture's edge cuts are fewer than a quarter.
+    """
     return max(1, min(largest, round(1 / float(np.quantile(extents, 0.25)))))
 
 
 def _overlap(start: NDArray[np.float64], stop: NDArray[np.float64], pixels: int) -> NDArray[np.float64]:
-    """(tokens, pixels): how much of a pixel a token covers along one side."""
+    """The share of each pixel that each token covers along one side: (tokens, pixels)."""
     edges = np.linspace(0, 1, pixels + 1)
     return np.clip(np.minimum(stop[:, None], edges[1:]) - np.maximum(start[:, None], edges[:-1]), 0, None) * pixels

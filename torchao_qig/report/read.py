@@ -1,4 +1,4 @@
-"""What `torchao-qig quantize`, `evaluate` and `bench` left in a checkpoint's folder qig/, and what is not there."""
+"""Read the files that `torchao-qig quantize`, `evaluate` and `bench` wrote into a checkpoint's folder qig/, and note which are missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = "qig"
 
 
 class Missing(NamedTuple):
-    """A part that is not there, what it would show, and the command that writes it."""
+    """A part that is missing, what it would show, and the command that writes it."""
 
     part: str
     shows: str
@@ -24,14 +24,15 @@ class Missing(NamedTuple):
 
 @dataclass
 class Found:
-    """Everything that the page is made of; empty where it is missing.
+    """Everything that the page is made of. Missing parts are empty or None.
 
     Attributes:
         directory: the checkpoint.
-        calibration: what decided the weights.
+        calibration: the calibration that the weights were quantized with.
         sensitivity: a calibration with token weights.
-        samples: of `sensitivity`, in its order: source, tokens, images, hints.
+        samples: descriptions of the samples of `sensitivity`, in its order: source, tokens, images, hints.
         receipt, evaluation, bench: as the commands write them.
+        missing: the parts that are missing.
     """
 
     directory: Path
@@ -51,7 +52,7 @@ class Found:
         return next((m for m in self.missing if m.part == part), None)
 
     def picture(self, file: str) -> Path | None:
-        """A thumbnail's path; None where it is missing, or not inside the folder."""
+        """A thumbnail's path; None if it is missing or not inside the folder."""
         folder = (self.directory / FOLDER).resolve()
         path = (folder / file).resolve()
         return path if path.is_relative_to(folder) and path.is_file() else None
@@ -61,7 +62,7 @@ def read(directory: Path) -> Found:
     """Read a quantized checkpoint's folder qig/.
 
     Raises:
-        ValueError: there is none, or a file in it cannot be read.
+        ValueError: there is no such folder, or a file in it cannot be read.
     """
     folder = directory / FOLDER
     if not folder.is_dir():
@@ -121,6 +122,6 @@ def _objects(path: Path, found: Any) -> list[dict[str, Any]]:
 
 
 def _table(path: Path, found: Any) -> dict[str, Any]:
-    """An object with rows, or nothing where there are none."""
+    """An object that has rows; an empty one if it has none."""
     rows = _objects(path, _object(path, found).get("rows") or [])
     return {**found, "rows": rows} if rows else {}

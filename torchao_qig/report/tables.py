@@ -1,4 +1,4 @@
-"""Numbers as the page says them: in sentences, short facts and tables. Whatever is missing is left out."""
+"""Numbers as the page shows them: in sentences, short facts and tables. Numbers that are missing are left out."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class Fact(NamedTuple):
 
 
 def number(value: Any, form: str = ".3g") -> str:
+    """A number as text; "-" if it is missing or not finite."""
     return format(value, form) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else "-"
 
 
 def size(value: Any) -> str:
-    """Bytes, with a unit."""
+    """A number of bytes as text, with a unit."""
     if not isinstance(value, (int, float)):
         return "-"
     power = 0
@@ -45,7 +46,7 @@ def duration(value: Any) -> str:
 
 
 def table(head: Sequence[str], found: Iterable[Sequence[str]], text: int = 1) -> Table | None:
-    """`text`: how many of the first columns are no numbers. Columns without a value in any row are left out."""
+    """A table; None without rows. `text`: how many of the first columns hold text, not numbers. Columns of numbers without a value are left out."""
     lines = [list(line) for line in found]
     kept = [i for i in range(len(head)) if i < text or any(line[i] != "-" for line in lines)]
     return Table([head[i] for i in kept], [[line[i] for i in kept] for line in lines], [i >= text for i in kept]) if lines else None
@@ -81,6 +82,7 @@ def _bits(calibration: Calibration) -> tuple[str, str]:
 
 
 def bits_text(calibration: Calibration) -> str:
+    """Sentences about the bits and the grids of the linears."""
     counts = Counter((grid[0], grid[1], bool(grid[2]), "int8 activations" in grid[3:]) for grid in calibration.grids.values())
     parts = []
     for (bits, group, symmetric, int8), count in counts.most_common():
@@ -97,7 +99,7 @@ def bits_text(calibration: Calibration) -> str:
 
 
 def before_after(calibration: Calibration) -> tuple[dict[str, tuple[float, float]], str, str]:
-    """Label -> error of rounding to nearest, and of what was chosen; what the error is, for a figure and in a sentence."""
+    """Errors before and after: label -> error of rounding to nearest and error of the chosen weights; the error's name; a sentence about it."""
     if calibration.squared_errors:
         sentence = "The integers were chosen: each group's weighted squared error at its outputs, over the calibration tokens."
         return dict(calibration.squared_errors), "squared error", sentence
@@ -108,19 +110,19 @@ def before_after(calibration: Calibration) -> tuple[dict[str, tuple[float, float
 
 
 def _of_scales(calibration: Calibration) -> dict[str, Any]:
-    """The settings of the step that chose scales; of a calibration made before there were steps, all settings."""
+    """The settings of the step that chose scales. In a calibration from before there were steps, all settings are searched for them."""
     steps = calibration.settings.get("steps")
     every = [own for step in steps if isinstance(step, dict) for own in step.values()] if isinstance(steps, list) else [calibration.settings]
     return next((own for own in every if isinstance(own, dict) and "loss" in own), {})
 
 
 def searched(calibration: Calibration) -> bool:
-    """Whether there was more than one candidate for some scale."""
+    """Whether there was more than one candidate for any scale."""
     return any(len(g.losses) > 1 or g.ratio != 0 for g in calibration.groups.values())
 
 
 def cells(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Name -> value, as kind -> layer -> mean value."""
+    """Values by name, arranged for a figure: kind -> layer -> mean value."""
     parts: dict[str, dict[str, list[float]]] = {}
     for name, layer in rows(values).items():
         parts.setdefault(place(name).kind, {}).setdefault(layer, []).append(values[name])
@@ -128,13 +130,14 @@ def cells(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def folds(calibration: Calibration) -> Table | None:
-    """How many scales were folded into what."""
+    """A table of how many scales were folded into what."""
     counts = Counter((place(g.label).kind, g.fold_kind) for g in calibration.groups.values() if g.ratio != 0)
     named = {"act_pre_scale": "kept: the kernel multiplies it in (act_pre_scale)", "norm": "into the norm before", "linear": "into the linear before"}
     return table(["module", "its scale went", "groups"], ([kind, named.get(where, where), str(n)] for (kind, where), n in counts.items()), 2)
 
 
 def groups(calibration: Calibration | None, weights: Mapping[str, Mapping[str, float]]) -> Table | None:
+    """The table of all groups: errors, mean weights by kind of token, and scales."""
     errors = before_after(calibration)[0] if calibration else {}
     found = calibration.groups if calibration else {}
     scaled = calibration is not None and searched(calibration)
@@ -176,7 +179,7 @@ def duration_of_token(value: Any) -> str:
 
 
 def by(part: Mapping[str, Any]) -> str:
-    """The command that made a table, and its date."""
+    """The command that made a table, and the date."""
     return ", ".join(str(part[k]) for k in ("command", "date") if part.get(k))
 
 
@@ -206,7 +209,7 @@ def sample_text(receipt: Mapping[str, Any]) -> str:
 
 
 def settings(found: Found) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Titles and what stands under them, name by name."""
+    """The lists of settings and versions, each with its title and its pairs of name and value."""
     recipe = found.receipt.get("recipe") or (found.calibration.settings if found.calibration else {})
     device = {"device": found.receipt["device"]} if found.receipt.get("device") else {}
     parts = {"Settings": recipe, "Versions": {**(found.receipt.get("versions") or {}), **device}}

@@ -1,4 +1,4 @@
-"""Token weights, made comparable: 1 is what a token of the sample counts where all count the same."""
+"""Token weights on a common scale: a token has the weight 1 if all tokens of its sample count the same."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ ALL = "all"
 
 
 class Sample(NamedTuple):
-    """Without padding: what each token is (values of MODALITIES), and its weight in each view."""
+    """The tokens of a sample without padding: what each token is (values of MODALITIES), and its weight in each view."""
 
     modality: NDArray[np.int64]
     weights: NDArray[np.float64]  # (views, tokens)
 
 
 class View(NamedTuple):
-    """Groups shown as one: their kind and layer, "all" of either for the mean over them."""
+    """Groups of linears that are shown as one, by their mean weights. `kind` and `layer` are "all" for the mean over all groups."""
 
     kind: str
     layer: str
@@ -31,7 +31,7 @@ class View(NamedTuple):
 
 
 def views(calibration: Calibration) -> list[View]:
-    """The mean of all groups, then the groups, layer by layer. (Experts of a layer are one.)"""
+    """The views: the mean of all groups, then one view for each kind and layer. The experts of a layer share a view."""
     found: dict[tuple[str, str], list[str]] = {}
     for label, layer in rows(calibration.tokens).items():
         found.setdefault((place(label).kind, layer), []).append(label)
@@ -39,7 +39,7 @@ def views(calibration: Calibration) -> list[View]:
 
 
 def samples(calibration: Calibration, chosen: list[View], most: int) -> list[Sample]:
-    """The first samples' weights."""
+    """The weights of the first samples, at most `most`."""
     found = {label: calibration.token_weights(label) for label in calibration.tokens}
     result: list[Sample] = []
     for i in range(min((most, *(len(t.weights) for t in found.values())))):

@@ -1,7 +1,7 @@
-"""Affine quantization of weights: choose a grid, round to it, come back. The only file of the project that rounds.
+"""Affine quantization of weights: choose a grid, round to it, and convert back. The only file of the project that rounds.
 
 A weight `w` of shape (..., N, K) is cut along K into groups of `group_size` (or one group per row, -1). Every group has a
-grid of 2**bits points, `(code - zero) * scale` for code = 0 .. 2**bits - 1, so a weight comes back as its nearest point.
+grid of 2**bits points, `(code - zero) * scale` for code = 0 .. 2**bits - 1, so a weight becomes its nearest grid point.
 
 - asymmetric: the grid spans the group's range, widened to contain 0 so that zero is a grid point and `zero` is an integer
   of the grid. For a group with both signs this is the published QIG rule; for a group of one sign the published rule
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from torchao_qig.errors import UserError
 
-OFFICIAL_FLOOR = 1e-5  # the published code's smallest range of a group
-CHUNK = 2**17  # weights that `fake_quantize` works on at a time
-ROW_LEVELS = 127  # of an activation's grid, on each side of zero
+OFFICIAL_FLOOR = 1e-5  # the smallest range of a group in the published code
+CHUNK = 2**17  # number of weights that `fake_quantize` processes at a time
+ROW_LEVELS = 127  # levels of an activation's grid on each side of zero
 
 
 def check_grid(bits: int, group_size: int, symmetric: bool = False) -> None:
-    """Refuse a grid that cannot exist, naming the argument."""
+    """Raise a `UserError` that names the argument, if there is no grid with these settings."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise UserError(f"bits={bits!r}: pass an integer from 1 to 8")
     if symmetric and bits == 1:
@@ -36,7 +36,7 @@ def check_grid(bits: int, group_size: int, symmetric: bool = False) -> None:
 
 
 def fits(in_features: int, group_size: int) -> bool:
-    """Whether rows of `in_features` weights cut into whole groups."""
+    """Whether a row of `in_features` weights can be divided into whole groups."""
     return in_features > 0 and (group_size == -1 or in_features % group_size == 0)
 
 
@@ -45,12 +45,12 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def group_width(in_features: int, group_size: int) -> int:
-    """Weights in a group: a whole row for -1."""
+    """The number of weights in a group; with a `group_size` of -1, a whole row."""
     return in_features if group_size == -1 else group_size
 
 
 def _grouped(w: Tensor, group_size: int) -> Tensor:
-    """(..., N, K) -> (..., N, G, group)."""
+    """Divide the rows of a weight into groups: (..., N, K) -> (..., N, G, group)."""
     k = w.shape[-1]
     if not fits(k, group_size):
         raise UserError(f"group_size={group_size}: does not divide the {k} input features; pass a divisor of {k} or -1")
@@ -58,11 +58,11 @@ def _grouped(w: Tensor, group_size: int) -> Tensor:
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` in its storage dtype, positive and finite."""
+    """`scale` in its storage dtype, kept positive and finite."""
     finfo = torch.finfo(dtype)
     if dtype != torch.float16:
         return scale.clamp(finfo.tiny, finfo.max).to(dtype)
-    step = 2.0**-24  # float16 has few normal numbers: use the coarse steps below them too, rounded up so that the range is kept
+    step = 2.0**-24  # float16 has few normal numbers: use the subnormal ones too, rounded up so that the group's range is kept
     scale = torch.where(scale < finfo.tiny, torch.ceil(scale / step) * step, scale)
     return scale.clamp(step, finfo.max).to(dtype)
 
@@ -89,7 +89,7 @@ def choose_qparams(
         low = torch.zeros_like(span)
     else:
         levels = 2**bits - 1
-        low, high = v.amin(-1) * shrink, v.amax(-1) * shrink  # aminmax is not vectorised on the CPU
+        low, high = v.amin(-1) * shrink, v.amax(-1) * shrink  # torch.aminmax is not vectorised on the CPU
         if not paper_rules:
             low, high = low.clamp(max=0), high.clamp(min=0)
         span = high - low
@@ -106,7 +106,10 @@ def choose_qparams(
 
 
 def nearest_steps(v: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The grid point nearest to every `v` (..., G, group), as its distance from zero in steps; a float, in new memory."""
+    """For every value of `v` (..., G, group), the nearest grid point: its signed distance from `zero`, in steps of `scale`.
+
+    The result is a new tensor in the dtype of `v`.
+    """
     zero = zero.to(v.dtype).unsqueeze(-1)
     return torch.div(v, scale.to(v.dtype).unsqueeze(-1)).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero)
 
@@ -132,7 +135,7 @@ def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) 
 def quantize_rows(x: Tensor, paper_rules: bool = False) -> tuple[Tensor, Tensor]:
     """The int8 codes of activations, and the scale (..., 1) of every token in at least float32.
 
-    A token that holds NaN or infinity gets zeros and an infinite scale or NaN: it comes back as NaN.
+    A token that holds NaN or infinity gets codes of 0 and a scale that is infinite or NaN, so it dequantizes to NaN.
     """
     v = x.to(_compute_dtype(x.dtype))
     floor = OFFICIAL_FLOOR if paper_rules else ROW_LEVELS * torch.finfo(v.dtype).tiny
@@ -142,7 +145,10 @@ def quantize_rows(x: Tensor, paper_rules: bool = False) -> tuple[Tensor, Tensor]
 
 
 def fake_quantize_rows(x: Tensor, columns: Tensor | None = None, paper_rules: bool = False) -> Tensor:
-    """Activations as an integer product sees them, in their own dtype; with `columns` (K,), quantized over these."""
+    """Activations rounded to int8 and converted back to their own dtype.
+
+    With `columns` (K,), the activations are divided by `columns` before rounding and multiplied by it afterwards.
+    """
     codes, scale = quantize_rows(x if columns is None else x / columns, paper_rules)
     values = codes.to(scale.dtype) * scale
     return (values if columns is None else values * columns).to(x.dtype)
@@ -157,13 +163,13 @@ def fake_quantize(
     dtype: torch.dtype | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """`w` as it will come back from the packed tensor with scales in `dtype` (by default w's), in w's own dtype.
+    """`w` rounded and converted back to its own dtype, equal to a dequantized packed tensor with scales in `dtype` (by default w's).
 
-    With `columns` (K,), quantized times these and divided by them again.
+    With `columns` (K,), the weight is multiplied by `columns` before rounding and divided by it afterwards.
     """
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
     compute = _compute_dtype(w.dtype)
-    rows = max(1, CHUNK // max(1, w.shape[-1]))  # some rows at a time stay in the processor's cache
+    rows = max(1, CHUNK // max(1, w.shape[-1]))  # few enough rows to stay in the processor's cache
     for part, dense in zip(w.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True):
         part = part.to(compute) if columns is None else part.to(compute) * columns
         scale, zero = choose_qparams(part, bits, group_size, symmetric, paper_rules, dtype or w.dtype)

@@ -1,12 +1,12 @@
-"""The linear of a packed weight: one operator, `torch.ops.torchao_qig.linear`, and what eager, autograd and compile make of it.
+"""The linear of a packed weight: the operator `torch.ops.torchao_qig.linear`, and how eager mode, autograd and compilers run it.
 
-Eager mode dequantizes the weight and calls `F.linear`: the reference, bit for bit what a fake-quantized model computes.
+Eager mode dequantizes the weight and calls `F.linear`. It is the reference, and computes bit for bit what a fake-quantized model computes.
 Under `torch.compile` the operator is lowered by `lowering.py`:
 
 - decode (few rows): one kernel that reads the packed words and keeps the weight in registers,
 - prefill (many rows): tiles of the weight dequantized for the matmul library.
 
-The number of rows decides (`DECODE_ROWS`); a symbolic number is guarded, so a dynamic batch compiles once per form.
+The number of rows decides which form is used (`DECODE_ROWS`). A symbolic number gets a guard, so a dynamic batch compiles once per form.
 Gradients flow to the input only: packed weights do not train.
 """
 
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from torchao_qig.tensor import affine, packing
 
-DECODE_ROWS = 64  # up to here the decode form is faster than dequantizing (benchmarks/kernels.py)
-# An argument of the operators, and part of what compilers' caches know a weight by: code that another version made is never reused.
+DECODE_ROWS = 64  # up to this many rows the decode form is faster than dequantizing (benchmarks/kernels.py)
+# A checksum of this folder's sources. It is an argument of the operators and part of a weight's key in compilers' caches, so that code compiled
+# by another version is never reused.
 KERNELS = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 
@@ -47,30 +48,37 @@ def packed_linear(
     decode: bool,
     kernels: int,
 ) -> Tensor:
-    """x (M, columns) times the packed weight (rows, columns) transposed, plus bias; the last two only matter when compiled."""
+    """x (M, columns) times the packed weight (rows, columns) transposed, plus bias.
+
+    `decode` and `kernels` only matter when the operator is compiled.
+    """
     return F.linear(x, dequantize(qdata, scale, zero, group_size, rows, columns, x.dtype), bias)
 
 
 @lru_cache
 def register_lowerings() -> None:
+    """Tell Inductor the lowerings of the operators, once. Warns if this torch lacks what they need."""
     from torchao_qig.tensor import lowering
 
     try:
         lowering.register()
-    except (ImportError, AttributeError) as error:  # another torch: still right, without the fused kernels
+    except (ImportError, AttributeError) as error:  # an untested torch: results are still right, but the kernels are not fused
         warnings.warn(f"torch {torch.__version__}: {error}; compiled packed linears run unfused and slowly. Tested with torch 2.13.0.", stacklevel=2)
 
 
 @packed_linear.register_fake
 def _(x, qdata, scale, zero, bias, group_size, rows, columns, decode, kernels):  # type: ignore[no-untyped-def]
-    register_lowerings()  # whoever traces may compile next
+    register_lowerings()  # a trace may be followed by compilation
     return x.new_empty(x.shape[0], rows)
 
 
 def register_gradients(operator: str, data: int, bias: int) -> None:
-    """Gradients to an operator's input, its argument 0, through the dense weight, and to its bias.
+    """Register an operator's gradients: to its input through the dense weight, and to its bias.
 
-    `data` and `bias` are places of arguments: of qdata, scale and zero, and of the bias, which group_size, rows and columns follow.
+    Args:
+        operator: its first argument is the input.
+        data: position of the argument qdata, which scale and zero follow.
+        bias: position of the argument bias, which group_size, rows and columns follow.
     """
 
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -91,7 +99,10 @@ register_gradients("torchao_qig::linear", data=1, bias=4)
 
 
 def use_decode(rows: int | torch.SymInt, most: int = DECODE_ROWS) -> bool:
-    """Whether the decode form, good for `most` rows, serves this many; guards on a symbolic number, except in export, which must not specialise."""
+    """Whether to use the decode form, which is for up to `most` rows.
+
+    A symbolic number of rows gets a guard, except in export, which must not specialise.
+    """
     if isinstance(rows, torch.SymInt) and torch.compiler.is_exporting():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 

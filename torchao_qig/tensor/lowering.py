@@ -24,18 +24,18 @@ import torch
 
 from torchao_qig.tensor.packing import TILE, UNIT, BitField, fields
 
-ROWS_PER_LOOP = 4  # rows of x per decode loop: more save little unpacking and cost compile time
-UNITS_PER_TURN = 2  # units per turn of the decode loop, for one row of x; more rows fill the turn by themselves
-SHORT_ROW_UNITS = 16  # units up to which rows do not share: the C++ compiler unrolls so short a loop whole, four times over
+ROWS_PER_LOOP = 4  # rows of x per decode loop: more rows would save little unpacking and cost compile time
+UNITS_PER_TURN = 2  # units per turn of the decode loop for one row of x; with several rows, one unit fills a turn
+SHORT_ROW_UNITS = 16  # up to so many units, rows of x share no loop: the C++ compiler would unroll so short a loop completely, four times over
 ACCUMULATORS = 2  # independent sums per unit, to hide the latency of multiply-add
 GROUPS_PER_LOOP = 8  # groups whose integer products are scaled and added up in one loop
-MIN_ROWS_INT_MM = 32  # rows for an accelerator's integer matmul, which takes more than 16
-SLICE_BYTES = 2**25  # of dequantized weight at a time: larger blocks come fresh from the system, page by page, on every call
+MIN_ROWS_INT_MM = 32  # x is padded to at least so many rows for an accelerator's integer matmul, which needs more than 16
+SLICE_BYTES = 2**25  # bytes of weight dequantized at a time: the system would provide a larger block anew, page by page, on every call
 
 
 @lru_cache
 def _prescale(bits: int) -> torch.Tensor:
-    """2**-shift of every code that is masked in place, 1 for the others."""
+    """A factor for each of a unit's 32 codes: 2**-shift if the code is masked in place, else 1."""
     return torch.tensor([2.0 ** -parts[0].at if _in_place(parts) else 1.0 for parts in fields(bits)])
 
 
@@ -45,7 +45,11 @@ def _in_place(parts: tuple[BitField, ...]) -> bool:
 
 
 def _columns_per_scale(units: int, group_size: int, rows: int) -> int:
-    """Half a unit where a group ends there; else one unit, or `UNITS_PER_TURN` where they divide the row and the group."""
+    """The number of columns whose products are summed before scale and zero are applied.
+
+    It is half a unit if groups can end there. Else it is one unit, or for one row of x `UNITS_PER_TURN` units if these divide the weight's row and
+    the group.
+    """
     if group_size != -1 and group_size % UNIT:
         return UNIT // 2
     whole = rows == 1 and units % UNITS_PER_TURN == 0 and (group_size == -1 or group_size % (UNITS_PER_TURN * UNIT) == 0)
@@ -54,7 +58,10 @@ def _columns_per_scale(units: int, group_size: int, rows: int) -> int:
 
 @lru_cache
 def register() -> None:
-    """Teach Inductor the operator; called when it is first traced, so that plain serving never imports the compiler."""
+    """Register the lowerings of both operators with Inductor.
+
+    Called when an operator is first traced, so that plain serving never imports the compiler.
+    """
     import sympy
     from torch._inductor import ir
     from torch._inductor.lowering import lowerings, register_lowering
@@ -82,7 +89,7 @@ def register() -> None:
         return value
 
     def code_in_place(words: Mapping[int, Any], parts: tuple[BitField, ...]) -> Any:
-        """A code as float, times 2**at where it need not be moved."""
+        """A code as float. If it is masked in place, it stays multiplied by 2**at, which `_prescale` undoes."""
         if not _in_place(parts):
             return as_float(code(words, parts))
         (p,) = parts
@@ -110,7 +117,7 @@ def register() -> None:
         return result
 
     def decode(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int, dtype: torch.dtype) -> Any:
-        """(M, units * 32) times the weight transposed: (M, tiles * 16) in `dtype`; for int32 without the scale."""
+        """x (M, units * 32) times the weight transposed: (M, tiles * 16) in `dtype`. With int32, the weight's scale is left out."""
         exact = dtype == torch.int32
         bits, tiles, units, _ = (int(n) for n in qdata.get_size())
         m = x.get_size()[0]
@@ -156,7 +163,7 @@ def register() -> None:
         return lowerings[aten.slice.Tensor](y, 0, 0, m)
 
     def unpacked(qdata: Any, dtype: torch.dtype, value: Callable[[Any, Any, int, Any], Any]) -> Iterator[tuple[int, Any]]:
-        """The weight transposed, a slice of its rows at a time, and each slice's first row; `value(code, unit, column, row)` of an element."""
+        """Yield slices of the weight's rows: each slice's first row, and the slice transposed. `value(code, unit, column, row)` gives an element."""
         bits, tiles, units, _ = (int(n) for n in qdata.get_size())
         word_at = qdata.make_loader()
 
@@ -171,11 +178,11 @@ def register() -> None:
         step = -(-tiles // -(-tiles * TILE * units * UNIT * dtype.itemsize // SLICE_BYTES))
         for first in range(0, tiles, step):
             count = min(step, tiles - first)
-            weight = ir.TensorBox(ir.ConcatKernel.create([column(j, first, count) for j in range(UNIT)], 1))  # aten.cat copies int8
+            weight = ir.TensorBox(ir.ConcatKernel.create([column(j, first, count) for j in range(UNIT)], 1))  # aten.cat would copy int8
             yield first * TILE, lowerings[aten.view.default](weight, [units * UNIT, count * TILE])
 
     def prefill(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int) -> Any:
-        """The same product with the weight dequantized first."""
+        """The product of `decode`, computed with a dequantized weight."""
         scale_at, zero_at = scale.make_loader(), zero.make_loader()
 
         def value(code: Any, unit: Any, column: int, row: Any) -> Any:
@@ -186,7 +193,7 @@ def register() -> None:
         return lowerings[aten.cat.default](products, 1) if len(products) > 1 else products[0]
 
     def integer_prefill(x: Any, qdata: Any, scale: Any, zero: Any, group_size: int, halves: bool) -> Any:
-        """The same with integer codes, (M, tiles * 16): int32 without the scale for one group per row, else float32."""
+        """The product of integer codes, (M, tiles * 16): for one group per row in int32 without the scale, else in float32 with it."""
         scale_at, zero_at = scale.make_loader(), zero.make_loader()
         columns = int(qdata.get_size()[-2]) * UNIT
 
@@ -200,7 +207,7 @@ def register() -> None:
             return ops.bitwise_and(value(*at), ops.constant(15, torch.int32))
 
         def product(x: Any, *weights: Any) -> Any:
-            """The product with the weight, or with its two halves."""
+            """x times the weight, or times the weight given as its two halves."""
             products = [lowerings[aten._int_mm.default](x, w) for w in weights]
             if len(products) == 1:
                 return products[0]
@@ -256,7 +263,7 @@ def register() -> None:
         if use_decode:
             y = decode(codes, qdata, scale, zero, group_size, torch.int32 if whole_rows else torch.float32)
         else:
-            m = codes.get_size()[0]  # export with a dynamic batch promises no number
+            m = codes.get_size()[0]  # unknown in export with a dynamic batch
             more = 0 if codes.get_device().type == "cpu" or V.graph.sizevars.statically_known_gt(m, 16) else MIN_ROWS_INT_MM
             codes = lowerings[aten.constant_pad_nd.default](codes, [0, 0, 0, more], 0) if more else codes
             y = lowerings[aten.slice.Tensor](integer_prefill(codes, qdata, scale, zero, group_size, halves), 0, 0, m)

@@ -1,4 +1,4 @@
-"""What torch may do with a `PackedIntTensor` besides multiplying: view, slice, join, move, copy. Importing this registers it."""
+"""Operations on a `PackedIntTensor` other than products: view, slice, join, move, copy. Importing this module registers them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ implements_torch_function = PackedIntTensor.implements_torch_function
 
 
 def _view(fn: Callable[..., PackedIntTensor]) -> Callable[..., Any]:
-    """An op whose result shares the data of its first argument."""
+    """The implementation `fn` of an op whose result shares the data of its first argument."""
 
     def op(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return return_and_correct_aliasing(func, args, kwargs, fn(*args, **kwargs))
@@ -34,12 +34,12 @@ def _same(t: Tensor) -> Tensor:
 
 
 def _border(w: PackedIntTensor) -> int:
-    """Columns can be cut at multiples of this: whole units, whole groups."""
+    """The number of columns at whose multiples a weight can be cut, between whole units and whole groups."""
     return packing.UNIT if w.group_size == -1 else math.lcm(packing.UNIT, w.group_size)
 
 
 def _stored_dim(w: PackedIntTensor, dim: int) -> str | int:
-    """'rows', 'columns', or the number of a batch dimension."""
+    """What dimension `dim` of `w` holds: 'rows', 'columns', or the number of a batch dimension."""
     dim = dim % w.dim()
     if dim < w.dim() - 2:
         return dim
@@ -149,6 +149,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> list[PackedIntTensor]:
 
 
 def _alike(tensors: Sequence[PackedIntTensor], names: Sequence[str], op: str) -> None:
+    """Raise if the tensors differ in one of the attributes `names`."""
     for t in tensors[1:]:
         for name in names:
             if getattr(t, name) != getattr(tensors[0], name):
@@ -156,7 +157,7 @@ def _alike(tensors: Sequence[PackedIntTensor], names: Sequence[str], op: str) ->
 
 
 def _common(tensors: Sequence[PackedIntTensor], name: str, op: str) -> Tensor | None:
-    """The tensor that all arguments must share; raises where they differ."""
+    """The value of the tensor attribute `name`, which must be equal in all `tensors`; raises if it is not."""
     values = [getattr(t, name) for t in tensors]
     if any((v is None) != (values[0] is None) for v in values) or (values[0] is not None and any(not torch.equal(v, values[0]) for v in values)):
         raise UserError(f"{op}: the tensors have different {name}; join them after dequantize()")
@@ -216,7 +217,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> PackedIntTensor:
     w = args[0]
     to = w._get_to_kwargs(*args[1:], **{k: v for k, v in kwargs.items() if k not in ("layout", "pin_memory", "memory_format")})
     cast = _cast(to["dtype"])
-    # a view of a larger weight must not drag the rest along, nor share memory with it
+    # copy=True: a view of a larger weight must neither keep the rest of it alive nor share memory with it
     return w.with_data(lambda t: cast(t).to(to["device"], non_blocking=to["non_blocking"], copy=True))
 
 

@@ -4,8 +4,8 @@ Data: `qdata` (the packed words, see packing.py), `scale` and `zero_point` per g
 which a linear multiplies its input first (torchao's `SupportsActivationPreScaling`: AWQ, SmoothQuant and QIG set it).
 Shape and dtype are those of the dense weight: (..., rows, columns) without any padding, in the dtype of the scale.
 
-Slices at tile borders (16 rows) and at group-and-unit borders (columns) are views; elsewhere they are errors, never
-silently rounded. Pickles and safetensors files carry a checksum of the data, verified when they are read.
+Slices at tile borders (16 rows) and at common borders of groups and units (columns) are views. Slices elsewhere are errors.
+Pickles and safetensors files carry a checksum of the data, verified when they are read.
 """
 
 import math
@@ -30,16 +30,16 @@ class PackedIntTensor(TorchAOBaseTensor):
     Tensor attributes:
         qdata: int32 words, (..., bits, rows / 16, columns / 32, 16), rows and columns padded.
         scale: (..., groups, rows padded); its dtype is the tensor's.
-        zero_point: uint8, like scale; the integer of the grid that stands for 0.
+        zero_point: uint8, in the shape of scale; the code that stands for 0.
     Non-tensor attributes:
         bits, group_size (-1: one group per row), rows, columns: the grid and the dense shape.
     Optional:
         act_pre_scale: multiplies the activation along its last dimension.
-        int8_activations: whether linears round their input to int8, token by token, and multiply integers; the zero point then has
-            to leave 8 bits for code - zero.
+        int8_activations: whether linears round their input to int8, token by token, and multiply integers. code - zero must then
+            fit 8 bits.
         transposed: whether this is the (columns, rows) view.
         layout_version: version of the packing, checked on construction.
-        checksum: only in files; see `_checksum`.
+        checksum: CRC-32 of the data, which files carry; verified on construction.
     """
 
     tensor_data_names: ClassVar[list[str]] = list(DATA)
@@ -121,7 +121,7 @@ class PackedIntTensor(TorchAOBaseTensor):
         return cls(packing.pack(codes, bits), stored_scale, stored_zero, bits, group_size, rows, columns, int8_activations=int8_activations)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight (act_pre_scale is not applied: it belongs to the activation)."""
+        """The dense weight. `act_pre_scale` is not applied, since it belongs to the activation."""
         size = self.group_size, self.rows, self.columns
         dense = linear.dequantize(self.qdata, self.scale, self.zero_point, *size, dtype or self.dtype)
         return dense.transpose(-1, -2) if self.transposed else dense
@@ -132,7 +132,7 @@ class PackedIntTensor(TorchAOBaseTensor):
 
     @property
     def checksum(self) -> int | None:
-        """CRC-32 of the data, computed when a file is written."""
+        """CRC-32 of the data, computed at every access; None on the meta device."""
         if any(t.is_meta for t in self.data_tensors()):
             return None
         crc = 0
@@ -141,12 +141,12 @@ class PackedIntTensor(TorchAOBaseTensor):
         return crc
 
     def data_tensors(self) -> list[Tensor]:
-        """The plain tensors that this one consists of."""
+        """The plain tensors that hold the data."""
         tensors = [self.qdata, self.scale, self.zero_point]
         return tensors if self.act_pre_scale is None else [*tensors, self.act_pre_scale]
 
     def nbytes_packed(self) -> int:
-        """Bytes that the data really takes."""
+        """Bytes of all data tensors, padding included."""
         return sum(t.numel() * t.element_size() for t in self.data_tensors())
 
     def _verify(self, checksum: int) -> None:
@@ -157,7 +157,7 @@ class PackedIntTensor(TorchAOBaseTensor):
             raise UserError(f"the packed weight's data is damaged (checksum {actual:#010x}, the file says {checksum:#010x}); get the file again")
 
     def check_integers(self) -> None:
-        """Refuse integers that cannot be multiplied by those of int8 activations."""
+        """Raise if the weight's integers, code - zero, do not fit the 8 bits that products with int8 activations need."""
         if not self.qdata.is_meta:
             _check_integers(self.bits, packing.unpack_groups(self.zero_point, self.group_size, self.rows, self.columns))
 
@@ -173,7 +173,7 @@ class PackedIntTensor(TorchAOBaseTensor):
         """The view with rows and columns exchanged."""
         return self.with_data(lambda t: t, transposed=not self.transposed)
 
-    # torchao's base class would read `checksum` (that is, compute it) in these three; in memory there is none.
+    # In the next three methods, torchao's base class would read `checksum` and so compute it. A tensor in memory needs none.
     def _apply_fn_to_data(self, fn: Callable[[Tensor], Tensor]) -> "PackedIntTensor":
         return self.with_data(fn)
 
@@ -186,7 +186,7 @@ class PackedIntTensor(TorchAOBaseTensor):
         return cls(**data, **attributes)
 
     def _stable_hash_for_caching(self) -> str:
-        """What AOTAutograd's cache may know this tensor by: all that compiled code depends on."""
+        """The key of this tensor in AOTAutograd's cache: everything that compiled code depends on."""
         data = [(t.dtype, tuple(t.shape), t.stride(), t.device) for t in self.data_tensors()]
         return repr((type(self).__qualname__, self.__tensor_flatten__(), data, linear.KERNELS))
 
@@ -213,7 +213,7 @@ class PackedIntTensor(TorchAOBaseTensor):
 
 
 def _check_shapes(w: PackedIntTensor, layout_version: int) -> None:
-    """Raise for data that do not fit each other, so that a damaged file never becomes a wrong weight."""
+    """Raise if the data tensors do not fit each other, so that a damaged file never becomes a wrong weight."""
     if layout_version != packing.LAYOUT:
         raise UserError(f"layout_version={layout_version}: this version reads packing layout {packing.LAYOUT}; install the torchao_qig that wrote the file")
     affine.check_grid(w.bits, w.group_size)

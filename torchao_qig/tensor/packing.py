@@ -29,7 +29,7 @@ UNIT = 32  # columns
 
 
 class BitField(NamedTuple):
-    """`width` bits of a code: bits `at` .. of word `word` are the code's bits `to` .. ."""
+    """`width` bits of a code. They begin at bit `at` of the word `word`, and at bit `to` of the code."""
 
     word: int
     at: int
@@ -56,6 +56,7 @@ def fields(bits: int) -> tuple[tuple[BitField, ...], ...]:
 
 
 def padded(n: int, multiple: int) -> int:
+    """`n` rounded up to a multiple of `multiple`."""
     return -(-n // multiple) * multiple
 
 
@@ -99,5 +100,6 @@ def pack_groups(values: Tensor, group_size: int, columns: int) -> Tensor:
 
 
 def unpack_groups(stored: Tensor, group_size: int, rows: int, columns: int) -> Tensor:
+    """The reverse of `pack_groups`: stored scale or zero to (..., rows, G)."""
     groups = 1 if group_size == -1 else columns // group_size
     return stored.transpose(-1, -2)[..., :rows, :groups]

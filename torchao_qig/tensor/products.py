@@ -1,6 +1,6 @@
-"""Products with a `PackedIntTensor`: `F.linear` and the matmuls that mean the same. Importing this registers them.
+"""Products with a `PackedIntTensor`: `F.linear` and the matmuls that compute the same. Importing this module registers them.
 
-Only these round activations to int8 where the weight asks for that; other products use the weight that it stands for.
+These products round activations to int8 if the weight has `int8_activations`. All other products use the dequantized weight.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def apply_linear(x: Tensor, w: PackedIntTensor, bias: Tensor | None = None) -> T
 
 
 def _effective(w: Tensor) -> Tensor:
-    """The dense matrix that a linear with `w` multiplies by, its pre-scale included; plain tensors pass."""
+    """The dense matrix that a linear with `w` multiplies by, `act_pre_scale` included. A plain tensor is returned as it is."""
     if not isinstance(w, PackedIntTensor):
         return w
     dense = w.dequantize()
@@ -57,7 +57,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 @implements(aten._grouped_mm.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """Mixtures of experts: transformers multiplies by all experts at once."""
+    """The product of mixtures of experts: transformers multiplies by the weights of all experts at once."""
     return func(_effective(args[0]), _effective(args[1]), *args[2:], **kwargs)
 
 

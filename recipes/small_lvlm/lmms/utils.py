@@ -1,4 +1,4 @@
-"""What small_lvlm.yaml calls."""
+"""The functions that small_lvlm.yaml calls."""
 
 from typing import Any
 

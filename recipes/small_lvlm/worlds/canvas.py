@@ -11,7 +11,7 @@ from PIL import ImageFont
 
 SIDE = 112  # pixels
 PATCH = 16
-LETTER = 16  # from one to the next
+LETTER = 16  # pixels from one letter to the next
 COLORS = {
     "red": (220, 50, 47), "green": (60, 170, 70), "blue": (50, 100, 220), "yellow": (235, 205, 50),
     "purple": (150, 70, 180), "orange": (240, 130, 30), "white": (240, 240, 240), "pink": (245, 150, 190),
@@ -21,7 +21,7 @@ NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @dataclass(frozen=True)
 class Mark:
-    """What a patch shows, and at which place of the scene it stands, counted from 0."""
+    """What a patch shows, and the row and column of that thing in the scene, counted from 0."""
 
     what: str = "nothing"
     color: str = "nothing"
@@ -31,7 +31,7 @@ class Mark:
 
 @dataclass
 class Canvas:
-    """A picture, and what a look at each place should find: only the training of the vision tower reads `marks`."""
+    """A picture, and `marks` that say what is where in it. Only the training of the vision tower reads the marks."""
 
     pixels: np.ndarray
     marks: list[tuple[tuple[int, int, int, int], Mark]] = field(default_factory=list)  # (x0, y0, x1, y1), what is there
@@ -44,7 +44,7 @@ class Canvas:
         return cls((tint + noise).astype(np.uint8))
 
     def fill(self, x: int, y: int, mask: np.ndarray, color: str | tuple[int, int, int]) -> None:
-        """Colors the pixels where `mask` is True; its upper left corner at (x, y)."""
+        """Color the pixels where `mask` is True. The upper left corner of the mask is at (x, y)."""
         height, width = mask.shape
         self.pixels[y : y + height, x : x + width][mask] = COLORS[color] if isinstance(color, str) else color
 
@@ -59,7 +59,7 @@ class Canvas:
         self.marks.append(((x0, y0, x1, y1), Mark(what, color, row, column)))
 
     def patches(self) -> list[Mark]:
-        """For each patch in reading order: what its middle (or the middle of what lies in it) shows."""
+        """For each patch in reading order, the mark that covers the patch's middle, or whose own middle lies in the patch."""
         n = SIDE // PATCH
         shown = [Mark()] * (n * n)
         for (x0, y0, x1, y1), mark in self.marks:
@@ -98,15 +98,15 @@ def shape(name: str, radius: int) -> np.ndarray:
 
 
 def place(row: int, column: int) -> str:
-    """The name of a cell, as of a matrix: 23 is in row two and column three."""
+    """The name of a cell, numbered as in a matrix: cell 23 is in row two and column three."""
     return f"cell {row + 1}{column + 1}"
 
 
 def origin(rng: random.Random, size: int) -> tuple[int, int]:
-    """Left and top of a square of so many pixels, somewhere on the patch grid."""
+    """Left and top of a square of `size` pixels at a random place of the patch grid."""
     return rng.randrange(0, SIDE - size + 1, PATCH), rng.randrange(0, SIDE - size + 1, PATCH)
 
 
 def one_of(rng: random.Random, *texts: str) -> str:
-    """One wording of a question."""
+    """One of the texts, at random: questions have several wordings."""
     return texts[rng.randrange(len(texts))]

@@ -18,7 +18,7 @@ GRAY = (110, 110, 110)
 @dataclass(frozen=True)
 class Chart:
     bars: bool
-    colors: tuple[str, ...]  # of the bars; of the line
+    colors: tuple[str, ...]  # one for each bar, or that of the line
     values: tuple[int, ...]
 
 

@@ -1,4 +1,4 @@
-"""Handwritten digits (scikit-learn's) on a grid of three rows and three columns; each split has writers' images of its own."""
+"""Handwritten digits (scikit-learn's) on a grid of three rows and three columns. The training split has other images than the other splits."""
 
 from __future__ import annotations
 

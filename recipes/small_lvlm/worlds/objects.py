@@ -47,7 +47,7 @@ def caption(things: tuple[Thing, ...]) -> str:
 
 
 def named(thing: Thing, things: tuple[Thing, ...], rng: random.Random) -> str | None:
-    """Words that fit this thing alone: as few as do, or None."""
+    """A name that fits this thing alone, with as few words as possible; None if no name does."""
     for words in ([thing.shape], [thing.color, thing.shape], [thing.size, thing.shape], [thing.size, thing.color, thing.shape]):
         if sum(all(word in str(other).split() for word in words) for other in things) == 1:
             return "the " + " ".join(words)

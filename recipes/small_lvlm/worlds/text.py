@@ -25,7 +25,7 @@ class Line:
 
 
 def spelled(text: str) -> str:
-    """One piece per letter, as number tokenizers do."""
+    """The text with a space between its letters, so that each is a token, as digits are in many tokenizers."""
     return " ".join(text)
 
 
